@@ -1,0 +1,65 @@
+# slmops: every target sets up .venv by itself; two commands are enough for a newcomer: make demo, make test.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := demo
+CLEAN_ENV := HF_HUB_OFFLINE=1
+
+.PHONY: demo test check bench docs lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train, distil, quantise, judge and bundle a support-desk model (minutes, no network after set-up)"
+	@echo "make test    everything that CI runs"
+	@echo "make check   the fast loop: lint, types, contracts, quick tests"
+	@echo "make bench   training speed and memory against other trainers"
+	@echo "make docs    regenerate the reference and the pictures"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,train,convert,runtime,evaluate]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+demo: $(VENV)/.run
+	@test -f $(DEMO)/slmops.yaml || $(BIN)/slmops init $(DEMO)
+	@$(BIN)/slmops run -f $(DEMO); code=$$?; if [ $$code -ne 0 ] && [ $$code -ne 4 ]; then exit $$code; fi
+	@echo
+	@$(BIN)/slmops chat -f $(DEMO) \
+	    "hi, my blendr never arrived, order 4821. where is it??" \
+	    "please move my delivery to friday, no need to cancel" \
+	    "what's the capital of france?"
+	@echo
+	@echo "the report: $(DEMO)/outputs/$(DEMO)/report.html"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+	$(BIN)/python -m pytest -q -m slow
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/training.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/screenshot.py
+
+clean:
+	rm -rf $(DEMO) build dist

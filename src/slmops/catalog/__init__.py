@@ -1,0 +1,1 @@
+"""Which models exist and how they come onto the disk."""

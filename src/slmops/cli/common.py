@@ -1,0 +1,85 @@
+"""What several verbs share: finding the project, laying out columns, units for people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slmops.flow.project import Project
+
+
+def project_arguments(parser: argparse.ArgumentParser) -> None:
+    """-f and --set."""
+    parser.add_argument(
+        "-f", "--file", type=Path, default=Path(), metavar="FILE", help="project file or folder (default: .)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a key of the file, for instance --set train.epochs=3; may be given many times",
+    )  # fmt: skip
+
+
+def json_argument(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+
+
+def open_project(options: argparse.Namespace) -> Project:
+    """The project that the options name."""
+    from slmops.flow.project import load
+
+    return load(options.file, options.overrides)
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say(text: str = "") -> None:
+    """A line of talk, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows with their cells padded to columns.
+
+    Args:
+        right: numbers of columns whose cells stand at the right.
+    """
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def seconds(value: float) -> str:
+    """A duration for people: `45 ms`, `4.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    if value < 60:
+        return f"{value:.1f} s"
+    if value < 3600:
+        return f"{int(value // 60)} min {int(value % 60):02d} s"
+    return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+
+
+def size(value: float) -> str:
+    """Bytes for people, in powers of 1000: `532 B`, `1.2 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

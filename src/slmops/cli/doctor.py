@@ -1,0 +1,137 @@
+"""`slmops doctor`: what this machine has, what is missing, and the line that installs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from slmops.cli.common import columns, json_argument, print_json, size
+
+HELP = "show what this machine has, what is missing, and the line that installs it"
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "bf16", "i8mm")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What `doctor` takes."""
+    json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings. Exit code 0: doctor reports, it does not judge."""
+    found = examine()
+    if options.json:
+        print_json(found)
+        return 0
+    machine = found["machine"]
+    rows = [
+        ["system", f"{machine['system']}, Python {machine['python']}"],
+        [
+            "processor",
+            f"{machine['cores']} cores, {machine['processor']} ({', '.join(machine['instructions']) or 'plain'})",
+        ],
+        ["memory", f"{size(machine['memory_bytes'])}, {size(machine['memory_free_bytes'])} free"],
+        ["disk", f"{size(machine['disk_free_bytes'])} free here"],
+        ["accelerator", machine["accelerator"] or "none found"],
+    ]
+    print("\n".join(columns(rows)))
+    print()
+    rows = [["extra", "", "for", "packages"]]
+    for name, extra in found["extras"].items():
+        missing = extra["missing"]
+        state = "ok" if not missing else f"{len(missing)} missing"
+        listing = ", ".join(f"{p} {v}" if v else f"{p}: missing" for p, v in extra["packages"].items())
+        rows.append([name, state, extra["for"], listing])
+    print("\n".join(columns(rows)))
+    missing = [name for name, extra in found["extras"].items() if extra["missing"]]
+    print()
+    if missing:
+        print(f"install what is missing:\n  {found['install']}")
+    else:
+        print("everything is here: `slmops init NAME` makes a first project")
+    return 0
+
+
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "data": ("near-duplicates", ("datasketch", "numpy")),
+    "train": ("training", ("torch", "transformers", "tokenizers", "safetensors")),
+    "convert": ("conversion", ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")),
+    "runtime": ("running, chat", ("onnxruntime-genai", "onnxruntime", "psutil")),
+    "evaluate": ("judging", ("scipy", "rouge-score")),
+    "hub": ("Hugging Face hub", ("huggingface_hub", "datasets")),
+}
+
+
+def examine() -> dict[str, Any]:
+    """Machine and packages as JSON values; sizes in bytes."""
+    from slmops.flow.methods import version_of
+
+    memory = _memory()
+    extras: dict[str, Any] = {}
+    for name, (purpose, packages) in EXTRAS.items():
+        versions = {package: version_of(package) for package in packages}
+        extras[name] = {"for": purpose, "packages": versions, "missing": [p for p, v in versions.items() if v is None]}
+    missing = [name for name, extra in extras.items() if extra["missing"]]
+    torch = "torch==2.13.0 " if "train" in missing and version_of("torch") is None else ""
+    return {
+        "machine": {
+            "system": platform.platform(terse=True),
+            "python": platform.python_version(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "instructions": _instructions(),
+            "memory_bytes": memory.get("MemTotal", 0),
+            "memory_free_bytes": memory.get("MemAvailable", 0),
+            "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+            "accelerator": _accelerator(),
+        },
+        "extras": extras,
+        "install": f"{Path(sys.executable).name} -m pip install {torch}'slmops[{','.join(missing)}]'"
+        if missing
+        else "",
+    }
+
+
+def _memory() -> dict[str, int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.split(":")[0].strip() == key:
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return ""
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    have = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return [name for name in INSTRUCTIONS if name in have]
+
+
+def _accelerator() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "; ".join(done.stdout.strip().splitlines()) if done.returncode == 0 else ""

@@ -1,0 +1,88 @@
+"""`slmops`: parse, call the verb, and turn every error into one message, one hint and one exit code.
+
+Exit codes: 0 passed, 1 error, 2 usage or a bad file of the user's, 3 a gate failed, 4 a gate is undecided, 130 stopped
+by the user. stdout carries data, stderr carries talk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from slmops import __version__
+from slmops.errors import SlmopsError
+
+VERBS = ("init", "doctor", "plan", "run", "why", "report", "compare", "chat", "cache")
+
+DESCRIPTION = """\
+From a task and a teacher to a small language model on every device:
+distil, quantise, evaluate and bundle, from one project file."""
+
+EPILOG = """\
+a first project:
+  slmops init support-desk && cd support-desk
+  slmops run
+  slmops report --open
+
+exit codes: 0 passed, 1 error, 2 usage or a bad file, 3 a gate failed, 4 undecided"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
+        print(f"hint: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Imports nothing heavy: every verb's module is light."""
+    top = _Parser(
+        prog="slmops", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--version", action="version", version=f"slmops {__version__}")
+    top.add_argument("--debug", action="store_true", help="show the whole trace of an error")
+    verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name in VERBS:
+        module = importlib.import_module(f"slmops.cli.{name}")
+        verb = verbs.add_parser(
+            name, help=module.HELP, description=module.HELP[0].upper() + module.HELP[1:] + ".",
+            epilog=getattr(module, "EPILOG", None), formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        module.arguments(verb)
+        verb.set_defaults(call=module.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.call(options)
+        return code
+    except SlmopsError as error:
+        if options.debug:
+            raise
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped; finished steps are kept, run again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def entry() -> None:
+    """The console script."""
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,56 @@
+"""`slmops plan`: the steps, which are cached, what the rest will cost."""
+
+from __future__ import annotations
+
+import argparse
+
+from slmops.cli.common import columns, json_argument, open_project, print_json, project_arguments, seconds, size
+
+HELP = "show the steps, which are cached, what is downloaded, estimated time, disk and memory"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What `plan` takes."""
+    project_arguments(parser)
+    json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan."""
+    from slmops.flow.estimate import Cost, estimate, total
+    from slmops.flow.planner import plan
+    from slmops.flow.state import State
+
+    project = open_project(options)
+    state = State(project)
+    survey = state.survey(plan(project.spec))
+    costs = {status.step.id: estimate(state, status, survey) for status in survey}
+    todo = [status for status in survey if status.state == "run"]
+    cost: Cost = total([costs[status.step.id] for status in todo])
+    if options.json:
+        rows = [
+            {
+                "step": s.step.id, "method": s.step.method, "about": s.step.about, "state": s.state, "why": list(s.why),
+                "output": s.output, "estimate": costs[s.step.id].to_json(),
+            }
+            for s in survey
+        ]  # fmt: skip
+        print_json({"name": project.spec.name, "steps": rows, "to_run": len(todo), "estimate": cost.to_json()})
+        return 0
+    table = [["step", "", "time", "what"]]
+    for status in survey:
+        part = costs[status.step.id]
+        time = "" if status.state == "cached" else (f"~{seconds(part.seconds)}" if part.seconds else "?")
+        table.append([status.step.id, status.state, time, status.step.about])
+    print("\n".join(columns(table, right=(2,))))
+    print()
+    if not todo:
+        print(f"nothing to do: all {len(survey)} steps are cached")
+        return 0
+    print(f"{len(todo)} of {len(survey)} steps to run")
+    unknown = " and what depends on data that is not read yet" if cost.unknown else ""
+    print(
+        f"estimate: ~{seconds(cost.seconds)}{unknown}, disk ~{size(cost.disk_bytes)}, memory ~{size(cost.memory_bytes)}"
+    )
+    print(f"downloads: {', '.join(cost.downloads) or 'none'}")
+    return 0

@@ -1,0 +1,109 @@
+"""`slmops run`: bring the project to its end; resume; do nothing when there is nothing to do."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slmops.cli.common import columns, json_argument, open_project, print_json, project_arguments, say, seconds, size
+from slmops.errors import UsageError
+
+if TYPE_CHECKING:
+    from slmops.core.step import Step
+    from slmops.flow.runner import Options, Result
+    from slmops.flow.state import State
+
+HELP = "run what is not cached, with progress; a killed run goes on where it was"
+
+CODES = {"passed": 0, "failed": 3, "undecided": 4}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What `run` takes."""
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="run only what these steps need (default: everything)")
+    project_arguments(parser)
+    parser.add_argument(
+        "--strict", action="store_true", help="test data found in training data is an error, not a repair"
+    )
+    parser.add_argument("--budget", type=float, metavar="MONEY", help="most to spend on endpoints in this run")
+    parser.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="at most N steps beside each other (default: as cores allow)"
+    )
+    json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the plan and print the verdict."""
+    from slmops.flow.estimate import estimate, total
+    from slmops.flow.planner import plan
+    from slmops.flow.runner import Options, Result, export, preflight, selected
+    from slmops.flow.state import State
+    from slmops.store.files import read_json
+
+    begin = time.monotonic()
+    project = open_project(options)
+    if options.budget is not None and options.budget < 0:
+        raise UsageError("--budget must not be negative", "give the most money to spend, for instance --budget 5")
+    state = State(project)
+    steps = plan(project.spec)
+    names = [step.id for step in steps]
+    for name in options.steps:
+        if name not in names:
+            raise UsageError(f"there is no step {name}", f"steps: {', '.join(names)}")
+    steps = tuple(selected(steps, options.steps))
+    survey = state.survey(steps)
+    todo = [status for status in survey if status.state == "run"]
+    if not todo:
+        result = Result()
+        for status in survey:
+            assert status.output is not None and status.key is not None and status.parts is not None
+            result.outputs[status.step.id] = status.output
+            state.remember(status.step, status.parts)
+        made = export(state, result)
+        say(f"nothing to do: all {len(survey)} steps are cached ({seconds(time.monotonic() - begin)})")
+    else:
+        cost = total([estimate(state, status, survey) for status in todo])
+        preflight(state, survey, int(cost.disk_bytes))
+        result = _run(state, steps, Options(options.strict, options.budget, max(options.jobs, 0)))
+        made = export(state, result)
+        say(
+            f"\n{len(result.ran)} steps run, {len(survey) - len(result.ran)} cached, {seconds(time.monotonic() - begin)}"
+        )
+    report = read_json(made["report.json"]) if "report.json" in made else None
+    verdict = report["verdict"] if report else "passed"
+    if options.json:
+        print_json({
+            "ran": result.ran, "outputs": result.outputs, "verdict": verdict if report else None,
+            "headline": report["headline"] if report else None,
+            "files": {name: str(path) for name, path in made.items()},
+        })  # fmt: skip
+    elif report:
+        _print_end(report, made)
+    return CODES[verdict]
+
+
+def _run(state: State, steps: Sequence[Step], options: Options) -> Result:
+    from slmops.cli.progress import Terminal
+    from slmops.flow.executor import LocalExecutor
+    from slmops.flow.runner import run as run_plan
+
+    with Terminal(len(steps)) as terminal:
+        return run_plan(state, steps, LocalExecutor(), terminal.watcher(), options)
+
+
+def _print_end(report: dict[str, Any], made: dict[str, Path]) -> None:
+    from slmops.evaluate.report import render_summary
+
+    print(render_summary(report))
+    rows = [["report", str(made["report.html"])]]
+    if "bundle" in made:
+        rows.append(
+            [
+                "bundle",
+                f"{made['bundle']} ({size(sum(p.stat().st_size for p in made['bundle'].rglob('*') if p.is_file()))})",
+            ]
+        )
+    print("\n".join(columns(rows)))

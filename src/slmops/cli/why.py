@@ -1,0 +1,48 @@
+"""`slmops why`: why a step would run again."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+
+from slmops.cli.common import json_argument, open_project, print_json, project_arguments
+from slmops.errors import UsageError
+
+HELP = "show why a step would run again: which part of its key changed"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What `why` takes."""
+    parser.add_argument(
+        "step", nargs="?", metavar="STEP", help="a step of the plan (default: every step that would run)"
+    )
+    project_arguments(parser)
+    json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the reasons; for a step that waits, also the reasons of what it waits for."""
+    from slmops.flow.planner import plan
+    from slmops.flow.runner import selected
+    from slmops.flow.state import State
+
+    project = open_project(options)
+    steps = plan(project.spec)
+    names = [step.id for step in steps]
+    if options.step is not None and options.step not in names:
+        close = difflib.get_close_matches(options.step, names, n=1)
+        raise UsageError(
+            f"there is no step {options.step}", f"did you mean {close[0]}?" if close else f"steps: {', '.join(names)}"
+        )
+    survey = State(project).survey(selected(steps, [options.step] if options.step else []))
+    stale = [status for status in survey if status.state == "run"]
+    if options.json:
+        print_json({status.step.id: list(status.why) for status in stale})
+        return 0
+    if not stale:
+        print(f"{options.step or 'every step'} is cached: nothing that its result depends on has changed")
+    for status in stale:
+        print(status.step.id)
+        for line in status.why:
+            print(f"  {line}")
+    return 0

@@ -1,0 +1,337 @@
+"""The strict form of slmops.yaml: what a user may write, with the defaults of every stage.
+
+Only shapes and defaults stand here. Reading the file (YAML 1.2, line numbers, `--set`) is `slmops.flow.project`;
+what the stages do with the values is in their own modules. Units are in the field names or their descriptions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from slmops.core.model import Value
+
+TaskType = Literal["classification", "extraction", "chat", "question_answering", "summarisation", "generation"]
+DataFormat = Literal[
+    "auto", "messages", "alpaca", "sharegpt", "prompt_completion", "csv", "tsv", "json", "jsonl", "huggingface"
+]
+Precision = Literal["fp32", "int8", "int4"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Task(Value):
+    """What the model has to do.
+
+    `extraction` covers function calling: the answer is one JSON object, judged field by field.
+    """
+
+    type: TaskType
+    instruction: str = Field("", description="system message put before every prompt that has none")
+    labels: tuple[str, ...] | None = Field(None, description="allowed answers; default: those seen in training")
+    out_of_scope: str | None = Field(None, description="the label that means 'none of these'; its recall is reported")
+
+
+class Columns(Value):
+    """Which column (by name, or by position for rows that are lists) holds what."""
+
+    prompt: str | int | None = None
+    answer: str | int | None = None
+    context: str | int | None = Field(None, description="put before the prompt, an empty line between")
+    system: str | int | None = None
+
+
+class Splits(Value):
+    """Where the splits come from.
+
+    With names (keys of a JSON file, splits of a Hugging Face dataset, or files beside `data.path`), they are taken as
+    they are. With shares, each example goes where the digest of its prompt sends it, never by its row number.
+    """
+
+    train: tuple[str, ...] | None = None
+    validation: tuple[str, ...] | Share | None = None
+    test: tuple[str, ...] | Share | None = None
+
+
+class Gold(Value):
+    """How many gold labels the student has. Both unset: all of the examples that are not left to the pool."""
+
+    per_label: NonNegative | None = None
+    total: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Gold:
+        if self.per_label is not None and self.total is not None:
+            raise ValueError("give per_label or total, not both")
+        return self
+
+
+class Overlap(Value):
+    """When two messages count as the same for keeping test data out of training."""
+
+    near_duplicate: Share = Field(0.9, description="Jaccard similarity of word 3-shingles at or above which they do")
+    ngram: NonNegative = Field(0, description="a shared run of this many words is contamination; 0: not looked at")
+
+
+class Data(Value):
+    """Where the examples come from and who may see which of them."""
+
+    path: str = Field(description="file, folder, hf:ORG/NAME[:CONFIG][@REVISION]")
+    format: DataFormat = "auto"
+    columns: Columns = Columns()
+    splits: Splits = Splits()
+    gold: Gold = Gold()
+    teacher_share: Share = Field(
+        1.0, description="share of the training examples whose gold labels a teacher trained here learns from"
+    )
+    overlap: Overlap = Overlap()
+    max_examples: Positive | None = Field(None, description="keep this many training examples, chosen by digest")
+
+
+class Architecture(Value):
+    """A decoder from scratch. Widths in units, `context` in tokens."""
+
+    type: Literal["qwen3", "llama"] = "llama"
+    layers: Positive = 2
+    hidden: Positive = 128
+    heads: Positive = 4
+    kv_heads: Positive | None = None
+    ffn: Positive | None = Field(None, description="default: 8/3 of hidden, rounded up to a multiple of 32")
+    context: Positive = 256
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _divides(self) -> Architecture:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if (self.hidden // self.heads) % 2:
+            raise ValueError("hidden / heads must be even (rotary positions)")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        return self
+
+
+class Training(Value):
+    """How a model learns. Defaults suit models of 0.1 to 30 M parameters on a CPU."""
+
+    epochs: Annotated[float, Field(gt=0)] = 10.0
+    max_steps: Positive | None = None
+    batch_size: Positive = Field(64, description="examples per optimiser step, over all accumulation parts")
+    accumulate: Positive = Field(1, description="split each batch into this many parts to save memory")
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    warmup: Share = Field(0.05, description="share of the steps with rising learning rate")
+    final_learning_rate: Share = Field(0.02, description="where the cosine ends, as a share of learning_rate")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    dropout: Share = 0.0
+    label_smoothing: Share = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    prompt_weight: Share = Field(0.0, description="weight of the loss on prompt tokens; 0: answers only")
+    max_length: Positive | None = Field(None, description="tokens per example; default: the model's context")
+    batching: Literal["bucket", "pack"] = "bucket"
+    evaluations: Positive = Field(10, description="how many times validation is looked at over the whole training")
+    patience: NonNegative = Field(4, description="stop after this many looks without a better one; 0: never")
+    holdout: Share = Field(0.05, description="share of the examples kept for validation where there is no split for it")
+    quantization_aware: Literal["off", "int4"] = Field(
+        "off", description="int4: train on weights rounded as the converter will round them, in the last part"
+    )
+    block_size: Literal[16, 32, 64, 128] = Field(32, description="weights that share a scale in quantization_aware")
+
+
+class TokenizerSpec(Value):
+    """A byte-level BPE trained on the training text."""
+
+    vocabulary: Annotated[int, Field(ge=300)] = 2048
+    answer_weight: Positive = Field(4, description="how many times an answer counts against a prompt in the merges")
+
+
+class Pricing(Value):
+    """Money per million tokens, in any one currency."""
+
+    input_per_million: Annotated[float, Field(ge=0)] = 0.0
+    output_per_million: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Endpoint(Value):
+    """An OpenAI-compatible chat/completions endpoint. Keys come from the environment, never from the file."""
+
+    url: str = Field(description="base URL up to and without /chat/completions")
+    model: str
+    api_key_env: str | None = Field(None, description="name of the environment variable that holds the key")
+    api: Literal["openai", "azure"] = "openai"
+    api_version: str | None = Field(None, description="azure only")
+    concurrency: Positive = 8
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    retries: NonNegative = 6
+    min_success_ratio: Share = 0.95
+    max_output_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    price: Pricing = Pricing()
+
+
+class Teacher(Value):
+    """Exactly one of: a model trained by this file (`model`), a model that exists (`base`), or an `endpoint`."""
+
+    model: Architecture | None = None
+    base: str | None = Field(None, description="folder or hf:ORG/NAME[@REVISION]")
+    endpoint: Endpoint | None = None
+    tokenizer: TokenizerSpec = TokenizerSpec()
+    train: Training = Training()
+    seed: int | None = Field(None, description="default: the project's seed")
+    max_new_tokens: Positive = 64
+
+    @model_validator(mode="after")
+    def _one(self) -> Teacher:
+        given = [k for k in ("model", "base", "endpoint") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of model, base, endpoint (given: {', '.join(given) or 'none'})")
+        return self
+
+
+class Generate(Value):
+    """New prompts, for when the data is short.
+
+    sample: the teacher, given only the beginning of a user turn, writes one (arXiv 2406.08464);
+    paraphrase, evolve: it rewrites known prompts; seed: it writes more like some examples;
+    template: slots of `templates` are filled from `slots`, no model needed.
+    """
+
+    method: Literal["sample", "paraphrase", "evolve", "seed", "template"] = "sample"
+    count: Positive = 1000
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 64
+    templates: tuple[str, ...] = ()
+    slots: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+
+class Filters(Value):
+    """What a synthetic example must pass to be kept."""
+
+    valid: bool = Field(
+        True, description="drop answers that are not a known label, or not the JSON that the task wants"
+    )
+    min_characters: NonNegative = 2
+    max_characters: Positive = 4000
+    near_duplicate: Share = Field(0.95, description="drop prompts this similar to a kept one; 1: only exact copies")
+    ngram: NonNegative = Field(0, description="drop prompts that share a run of this many words with evaluation data")
+    min_agreement: Share = Field(0.0, description="drop answers that fewer than this share of the votes gave")
+    judge: bool = Field(False, description="the teacher also says whether prompt and answer belong together")
+
+
+class Synthesize(Value):
+    """What the teacher is asked for."""
+
+    label_pool: bool = Field(True, description="the teacher answers the messages that the student has no label for")
+    generate: Generate | None = None
+    votes: Positive = Field(1, description="answers sampled per prompt; the most frequent wins (self-consistency)")
+    vote_temperature: Annotated[float, Field(gt=0)] = 0.7
+    filters: Filters = Filters()
+
+
+class Student(Value):
+    """A decoder from scratch (`model`) or one that exists (`base`)."""
+
+    model: Architecture | None = None
+    base: str | None = None
+    tokenizer: TokenizerSpec | Literal["teacher"] = Field(
+        "teacher", description="logit distillation needs the teacher's; with an endpoint as teacher give your own"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Student:
+        if self.model is not None and self.base is not None:
+            raise ValueError("give model or base, not both")
+        return self
+
+
+class Train(Training):
+    """The student's training. `sequence`: learn the teacher's text; `logits`: also its cached distributions."""
+
+    method: Literal["sequence", "logits"] = "sequence"
+    logit_samples: Positive = Field(12, description="tokens drawn per position from the teacher (arXiv 2503.16870)")
+    logit_selection: Literal["sampled", "top_k"] = "sampled"
+    logit_weight: Share = Field(0.5, description="share of the loss that comes from the teacher's distribution")
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Convert(Value):
+    """The format and precision that ship."""
+
+    format: Literal["onnx_genai"] = "onnx_genai"
+    precision: Precision = "int4"
+    block_size: Literal[16, 32, 64, 128] = 32
+    fidelity_prompts: Positive = 32
+    rounding: Literal["search", "plain"] | None = Field(
+        None,
+        description="search: the scale with the least error; plain: the largest weight decides; default: plain after quantization_aware training",
+    )
+    min_token_agreement: Share = Field(
+        0.99, description="an fp32 conversion whose next tokens agree less with torch is an error"
+    )
+
+
+Metric = Literal[
+    "accuracy", "macro_f1", "exact_match", "field_f1", "rouge_l", "token_f1", "valid", "in_scope_accuracy", "out_of_scope_recall",
+]  # fmt: skip
+GateMetric = Literal[
+    "accuracy", "macro_f1", "exact_match", "field_f1", "rouge_l", "token_f1", "valid", "in_scope_accuracy", "out_of_scope_recall",
+    "accuracy_retained", "inference_time_reduction", "memory_reduction", "size_reduction_vs_fp32",
+    "size_reduction_vs_fp16", "p95_ms", "file_mb", "quantization_loss",
+]  # fmt: skip
+
+
+class GateSpec(Value):
+    """One bound on the shipped student. Scores are shares (0.92, not 92)."""
+
+    metric: GateMetric
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> GateSpec:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("give exactly one of at_least, at_most")
+        return self
+
+
+class Measure(Value):
+    """Latency and memory: fresh processes, interleaved rounds."""
+
+    prompts: Positive = Field(50, description="test prompts, chosen by digest")
+    rounds: Positive = Field(3, description="times each variant's process runs")
+    threads: NonNegative = Field(0, description="0: all cores")
+
+
+class Evaluate(Value):
+    """How the result is judged."""
+
+    metrics: tuple[Metric, ...] | None = Field(None, description="default: by task")
+    gates: tuple[GateSpec, ...] = ()
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Positive = Field(2000, description="bootstrap resamples")
+    baselines: tuple[Literal["few", "all"], ...] = Field(
+        ("few", "all"), description="the same student without the teacher, on its gold labels and on all of them"
+    )
+    max_examples: Positive | None = Field(None, description="judge this many test examples, chosen by digest")
+    max_new_tokens: Positive = 64
+    measure: Measure = Measure()
+
+
+class Spec(Value):
+    """A whole project file."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    seed: int = 0
+    version: str = "1"
+    licence: str = Field("", description="SPDX name that the bundle carries")
+    task: Task
+    data: Data
+    teacher: Teacher | None = None
+    synthesize: Synthesize = Synthesize()
+    student: Student = Student()
+    train: Train = Train()
+    convert: Convert = Convert()
+    evaluate: Evaluate = Evaluate()

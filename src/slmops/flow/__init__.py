@@ -1,0 +1,1 @@
+"""From a project file to finished artifacts: read, plan, run, explain."""

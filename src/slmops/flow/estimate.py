@@ -1,0 +1,115 @@
+"""What a run will cost, before it starts: seconds, disk, memory, downloads.
+
+A step that ran before costs what it cost then. Training is estimated from parameters and tokens with speeds measured on
+one 2-core machine (stated below), so these are orders of magnitude, shown with `~`, never promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slmops.core.spec import Architecture, Training
+from slmops.flow.planner import parameters
+from slmops.flow.state import State, Status
+from slmops.store.files import read_json
+
+TRAIN_FLOP_PER_S = 60e9
+"""Useful floating-point operations per second while training, two cores, measured on models of 0.5 to 12 M parameters."""
+
+STEP_OVERHEAD_S = 0.02
+"""Seconds per optimiser step that do not depend on the model's size."""
+
+RUNTIME_BYTES = 700_000_000
+"""Resident bytes of Python with torch and transformers loaded."""
+
+FIXED_SECONDS = {
+    "data.prepare": 8.0, "train.tokenizer": 3.0, "data.filter": 5.0, "data.answer": 15.0, "data.generate": 30.0,
+    "convert.onnx_genai": 8.0, "evaluate.predict": 10.0, "evaluate.measure": 30.0, "evaluate.report": 5.0,
+    "bundle.assemble": 1.0, "train.cache_logits": 20.0, "catalog.fetch": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of wall clock, bytes of disk and of memory at the peak, names of what is downloaded."""
+
+    seconds: float = 0.0
+    disk_bytes: float = 0.0
+    memory_bytes: float = 0.0
+    downloads: tuple[str, ...] = ()
+    unknown: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """For `plan --json`."""
+        return {
+            "seconds": round(self.seconds, 1),
+            "disk_bytes": round(self.disk_bytes),
+            "memory_bytes": round(self.memory_bytes),
+            "downloads": list(self.downloads),
+            "unknown": self.unknown,
+        }
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    """Seconds and disk add up; memory is the largest."""
+    return Cost(
+        sum(c.seconds for c in costs),
+        sum(c.disk_bytes for c in costs),
+        max((c.memory_bytes for c in costs), default=0.0),
+        tuple(dict.fromkeys(name for c in costs for name in c.downloads)),
+        any(c.unknown for c in costs),
+    )
+
+
+def estimate(state: State, status: Status, survey: Sequence[Status]) -> Cost:
+    """The cost of one step."""
+    if status.state == "cached":
+        return Cost()
+    step = status.step
+    downloads = []
+    for value in (step.params.get("model"), (step.params.get("data") or {}).get("path")):
+        if isinstance(value, str) and value.startswith("hf:"):
+            downloads.append(value)
+    training, architecture = step.params.get("training"), step.params.get("architecture")
+    if not step.method.startswith("train.") or training is None:
+        return Cost(FIXED_SECONDS.get(step.method, 0.0), 1e6, RUNTIME_BYTES, tuple(downloads), bool(downloads))
+    if architecture is None:
+        return Cost(0.0, 0.0, RUNTIME_BYTES, unknown=True)
+    return _training(
+        Training.model_validate(_only(training), strict=False),
+        Architecture.model_validate(architecture, strict=False),
+        _examples(state, status, survey),
+    )
+
+
+def _only(training: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in training.items() if name in Training.model_fields}
+
+
+def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | None:
+    """How many examples the step will train on, if the data step is there to tell."""
+    data = next((s for s in survey if s.step.id == "data"), None)
+    if data is None or data.output is None:
+        return None
+    counts = (read_json(state.store.path(data.output) / "info.json") or {}).get("counts", {})
+    files = status.step.params.get("files", [])
+    names = {
+        "data/teacher.jsonl": "teacher",
+        "data/gold.jsonl": "gold",
+        "data/oracle.jsonl": "oracle",
+        "synthetic/train.jsonl": "pool",
+    }
+    return sum(int(counts.get(names.get(name, ""), 0)) for name in files)
+
+
+def _training(training: Training, architecture: Architecture, examples: int | None) -> Cost:
+    size = parameters(architecture, 2048)
+    memory = RUNTIME_BYTES + 16.0 * size + 40.0 * training.batch_size * 32 * architecture.hidden * architecture.layers
+    disk = 16.0 * size
+    if examples is None:
+        return Cost(0.0, disk, memory, unknown=True)
+    steps = min(training.max_steps or 10**9, max(1, round(training.epochs * examples / training.batch_size)))
+    tokens = steps * training.batch_size * 18
+    return Cost(steps * STEP_OVERHEAD_S + 6.0 * size * tokens / TRAIN_FLOP_PER_S, disk, memory)

@@ -1,0 +1,257 @@
+"""Where steps run: the seam between deciding what to do and doing it.
+
+An executor takes tasks (plain values: they could travel to another machine) and gives back their ends. `LocalExecutor`
+runs each task in a child process forked from a server that has the heavy libraries loaded: a crash of native code ends
+one step and not the run, memory goes back when a step ends, and several small steps run beside each other.
+`InlineExecutor` runs them in this process, for tests and for use as a library. Ray comes later behind the same protocol.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from slmops.core.method import Context, Facts, Progress
+from slmops.errors import SlmopsError, StepError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step, ready to run: everything by value or by path."""
+
+    id: str
+    method: str
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    out: Path
+    scratch: Path
+    shared: Path
+    seed: int
+    threads: int
+    strict: bool = False
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a task ended: with facts, or with an error."""
+
+    task: Task
+    facts: Facts | None
+    error: SlmopsError | None
+    seconds: float
+    log: tuple[str, ...] = ()
+
+
+class Executor(Protocol):
+    """Runs tasks. `start` does not wait; `next` waits for one to end."""
+
+    def start(self, task: Task, progress: Progress) -> None:
+        """Begin a task."""
+
+    def next(self) -> Ended:
+        """Wait for the next task to end."""
+
+    def stop(self) -> None:
+        """End everything that still runs and free what the executor holds."""
+
+
+def perform(task: Task, progress: Progress) -> Facts:
+    """Run a task's method in this process.
+
+    Raises:
+        SlmopsError: what the method raised; a foreign error becomes a StepError with its last lines.
+    """
+    from slmops.flow import methods
+
+    method = methods.get(task.method)
+    context = Context(
+        seed=task.seed, scratch=task.scratch, shared=task.shared, threads=task.threads, progress=progress,
+        strict=task.strict, budget=task.budget, clock=time.time,
+    )  # fmt: skip
+    try:
+        params = method.Params.model_validate(task.params, strict=False)
+        return method.run(params, task.inputs, task.out, context)
+    except SlmopsError:
+        raise
+    except MemoryError as error:
+        raise StepError(
+            f"step {task.id} ran out of memory", "use a smaller batch_size or a larger accumulate"
+        ) from error
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise StepError(
+            f"step {task.id} failed: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
+            f"the whole trace is in {task.scratch / 'error.log'}; what finished before is kept",
+        ) from error
+
+
+class InlineExecutor:
+    """One task at a time, in this process."""
+
+    def __init__(self) -> None:
+        self._ended: list[Ended] = []
+
+    def start(self, task: Task, progress: Progress) -> None:
+        """Run the task to its end."""
+        begin = time.monotonic()
+        facts, failure = None, None
+        try:
+            facts = perform(task, progress)
+        except SlmopsError as error:
+            failure = error
+            _write_trace(task, error)
+        self._ended.append(Ended(task, facts, failure, time.monotonic() - begin))
+
+    def next(self) -> Ended:
+        """The oldest end."""
+        return self._ended.pop(0)
+
+    def stop(self) -> None:
+        """Nothing to free."""
+
+
+def _write_trace(task: Task, error: SlmopsError) -> None:
+    if isinstance(error, StepError):
+        task.scratch.mkdir(parents=True, exist_ok=True)
+        (task.scratch / "error.log").write_text("".join(traceback.format_exception(error)))
+
+
+class _Remote:
+    """Progress in a child: every call becomes a message to the parent."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._last = 0.0
+        self._done = 0
+
+    def start(self, label: str, total: int | None = None, unit: str = "") -> None:
+        self._done = 0
+        self._pipe.send(("start", (label, total, unit)))
+
+    def advance(self, done: int = 1, note: str = "") -> None:
+        self._done += done
+        now = time.monotonic()
+        if now - self._last >= 0.1:
+            self._pipe.send(("advance", (self._done, note)))
+            self._last, self._done = now, 0
+
+    def stop(self) -> None:
+        self._pipe.send(("stop", ()))
+
+    def log(self, text: str) -> None:
+        self._pipe.send(("log", (text,)))
+
+
+def _child(task: Task, pipe: Connection) -> None:
+    """Body of a child process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = str(task.threads)
+    try:
+        pipe.send(("end", (perform(task, _Remote(pipe)), None)))
+    except SlmopsError as error:
+        _write_trace(task, error)
+        error.__cause__ = None
+        error.__context__ = None
+        pipe.send(("end", (None, _portable(error))))
+
+
+def _die_with_parent(pipe: Connection) -> None:
+    """The parent never writes; the end of the pipe means that it is gone, and so must this process be."""
+    try:
+        pipe.recv()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _portable(error: SlmopsError) -> tuple[type[SlmopsError], dict[str, Any], tuple[Any, ...]]:
+    return type(error), dict(error.__dict__), error.args
+
+
+def _rebuilt(portable: tuple[type[SlmopsError], dict[str, Any], tuple[Any, ...]]) -> SlmopsError:
+    kind, values, args = portable
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(values)
+    return error
+
+
+@dataclass
+class _Running:
+    task: Task
+    progress: Progress
+    process: Any
+    begin: float
+
+
+class LocalExecutor:
+    """Child processes on this machine. See the module.
+
+    Args:
+        preload: modules that the fork server imports once, so that no step pays for them; missing ones are ignored.
+    """
+
+    def __init__(self, preload: tuple[str, ...] = ("torch", "transformers", "numpy")) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["slmops.flow.executor", *preload])
+        self._running: dict[Connection, _Running] = {}
+
+    def start(self, task: Task, progress: Progress) -> None:
+        """Fork a child for the task."""
+        here, there = self._context.Pipe(duplex=True)
+        process = self._context.Process(target=_child, args=(task, there), name=f"slmops {task.id}")
+        process.start()
+        there.close()
+        self._running[here] = _Running(task, progress, process, time.monotonic())
+
+    def next(self) -> Ended:
+        """Pass progress on until a child ends."""
+        while True:
+            for pipe in wait(list(self._running)):
+                assert isinstance(pipe, Connection)
+                running = self._running[pipe]
+                try:
+                    kind, values = pipe.recv()
+                except (EOFError, OSError):
+                    return self._crashed(pipe, running)
+                if kind != "end":
+                    getattr(running.progress, kind)(*values)
+                    continue
+                del self._running[pipe]
+                running.process.join(10)
+                pipe.close()
+                facts, failure = values
+                error = _rebuilt(failure) if failure is not None else None
+                return Ended(running.task, facts, error, time.monotonic() - running.begin)
+
+    def _crashed(self, pipe: Connection, running: _Running) -> Ended:
+        del self._running[pipe]
+        pipe.close()
+        running.process.join(10)
+        code = running.process.exitcode
+        what = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+        hint = "run again: it goes on where it was"
+        if code == -signal.SIGKILL:
+            hint = "the system may have run out of memory: use a smaller batch_size, then run again"
+        error = StepError(f"the process of step {running.task.id} {what}", hint)
+        return Ended(running.task, None, error, time.monotonic() - running.begin)
+
+    def stop(self) -> None:
+        """End all children."""
+        for pipe, running in self._running.items():
+            running.process.terminate()
+            running.process.join(5)
+            if running.process.is_alive():
+                running.process.kill()
+            pipe.close()
+        self._running.clear()

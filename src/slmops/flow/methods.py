@@ -1,0 +1,87 @@
+"""Methods by name: `train.sft` is the module slmops/train/sft.py, or one that another package registers.
+
+Third parties add a method by an entry point of the group `slmops.methods` whose name is the method's name and whose
+value is the module. Nothing heavy is imported by looking a method up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import platform
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import slmops
+from slmops.core.method import Declaration, Method
+from slmops.errors import MissingExtraError, UsageError
+
+GROUP = "slmops.methods"
+ROOMS = ("catalog", "data", "train", "compress", "convert", "evaluate", "bundle")
+
+
+@cache
+def get(name: str) -> Method:
+    """The module of a method.
+
+    Raises:
+        UsageError: there is none of that name; the hint names the nearest.
+    """
+    room, _, file = name.partition(".")
+    module = None
+    if room in ROOMS and file.isidentifier():
+        target = f"slmops.{room}.{file}"
+        try:
+            module = importlib.import_module(target)
+        except ModuleNotFoundError as error:
+            if error.name != target:
+                raise
+    if module is None or not hasattr(module, "DECLARATION"):
+        for entry in importlib.metadata.entry_points(group=GROUP):
+            if entry.name == name:
+                return cast(Method, entry.load())
+        close = difflib.get_close_matches(name, names(), n=1)
+        raise UsageError(f"there is no method {name}", f"did you mean {close[0]}?" if close else "")
+    return cast(Method, module)
+
+
+def names() -> list[str]:
+    """All methods that are installed, sorted. Imports every module of the rooms (light by contract)."""
+    found = {entry.name for entry in importlib.metadata.entry_points(group=GROUP)}
+    base = Path(slmops.__file__).parent
+    for room in ROOMS:
+        for path in sorted((base / room).glob("*.py")):
+            module = importlib.import_module(f"slmops.{room}.{path.stem}") if path.stem != "__init__" else None
+            if module is not None and hasattr(module, "DECLARATION"):
+                found.add(f"{room}.{path.stem}")
+    return sorted(found)
+
+
+@cache
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(declaration: Declaration, threads: int) -> dict[str, str]:
+    """What of this machine can change the method's result. A package that is missing shows as `absent`."""
+    locked = {name: version_of(name) or "absent" for name in declaration.packages}
+    if declaration.threads:
+        locked |= {"threads": str(threads), "machine": platform.machine()}
+    return locked
+
+
+def require(declaration: Declaration) -> None:
+    """Refuse a method whose packages are not installed.
+
+    Raises:
+        MissingExtraError: names the first missing package and the pip line.
+    """
+    for name in declaration.packages:
+        if version_of(name) is None:
+            raise MissingExtraError(f"{name} (for {declaration.name})", declaration.extra or "all")

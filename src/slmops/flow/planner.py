@@ -1,0 +1,362 @@
+"""`plan(spec)`: the steps that a project file asks for, in an order in which each comes after its inputs. Pure.
+
+    data ─┬─ tokenizer ─ teacher ─┬─ prompts ─ answers ─ synthetic ─┬─ logits ─ student ─┬─ conversions ─ predictions ─┐
+          └───────────────────────┴─────────────────────────────────┴─ few, all ─────────┘        measure ─ report ─ bundle
+
+Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
+`few` and `all` are the student without the teacher, on its few gold labels and on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from slmops.core.spec import Architecture, Spec, TokenizerSpec, Training
+from slmops.core.step import Step
+from slmops.errors import Problem, SpecError
+
+SMALL = 3_000_000
+"""Models below this many parameters do not gain from a second thread; they train beside each other instead."""
+
+
+def plan(spec: Spec) -> tuple[Step, ...]:
+    """The steps of a project.
+
+    Raises:
+        SpecError: stages that do not fit each other, all of them at once.
+    """
+    problems = check(spec)
+    if problems:
+        raise SpecError(problems)
+    builder = _Builder(spec)
+    builder.build()
+    return tuple(builder.steps)
+
+
+def check(spec: Spec) -> list[Problem]:
+    """What single fields cannot know: whether the stages fit each other."""
+    problems = []
+
+    def wrong(path: str, message: str, hint: str) -> None:
+        problems.append(Problem(message, hint, path=path))
+
+    teacher, student = spec.teacher, spec.student
+    if student.model is None and student.base is None:
+        wrong("student", "is missing", "give student.model (an architecture) or student.base (an existing model)")
+    if spec.train.method == "logits":
+        if teacher is None:
+            wrong("train.method", "logits need a teacher", "add a teacher, or use `method: sequence`")
+        elif teacher.endpoint is not None:
+            wrong("train.method", "an endpoint does not give its distributions", "use `method: sequence`")
+        elif student.model is not None and student.tokenizer != "teacher":
+            wrong("student.tokenizer", "logit distillation needs the teacher's tokenizer", "use `tokenizer: teacher`")
+    if student.model is not None and student.tokenizer == "teacher" and teacher is not None and teacher.endpoint:
+        wrong("student.tokenizer", "an endpoint has no tokenizer to share", "give `tokenizer: {vocabulary: 2048}`")
+    generate = spec.synthesize.generate
+    if generate is not None:
+        if teacher is None and generate.method != "template":
+            wrong("synthesize.generate", f"`{generate.method}` needs a teacher", "add a teacher, or use templates")
+        if generate.method == "template" and not generate.templates:
+            wrong(
+                "synthesize.generate.templates", "is empty", "give at least one template, such as 'where is my {item}'"
+            )
+        if generate.method == "sample" and teacher is not None:
+            if teacher.endpoint is not None:
+                wrong("synthesize.generate.method", "an endpoint cannot write user turns from nothing", "use `seed`")
+            if teacher.model is not None and teacher.train.prompt_weight == 0:
+                wrong(
+                    "teacher.train.prompt_weight",
+                    "is 0, so the teacher never learns to write messages that it could be sampled for",
+                    "give for instance 0.3",
+                )
+    if teacher is not None and teacher.model is not None and spec.data.teacher_share == 0:
+        wrong("data.teacher_share", "is 0, so the teacher has nothing to learn from", "give for instance 0.5")
+    if teacher is None and any(g.metric in _NEEDS_TEACHER for g in spec.evaluate.gates):
+        wrong("evaluate.gates", "compare with a teacher, but there is none", "add a teacher or take these gates out")
+    has_label_metrics = any(g.metric in ("in_scope_accuracy", "out_of_scope_recall") for g in spec.evaluate.gates)
+    if has_label_metrics and spec.task.out_of_scope is None:
+        wrong("task.out_of_scope", "is missing", "name the label that a gate on scope looks at")
+    if spec.convert.precision == "fp32" and spec.train.quantization_aware != "off":
+        wrong("train.quantization_aware", "is set, but the result is fp32", "use `convert: {precision: int4}`")
+    if spec.train.quantization_aware == "int4" and spec.train.block_size != spec.convert.block_size:
+        wrong("train.block_size", f"({spec.train.block_size}) differs from convert.block_size", "give both the same")
+    for path, value in (("synthesize.filters.max_characters", spec.synthesize.filters),):
+        if value.min_characters > value.max_characters:
+            wrong(path, "is less than min_characters", "swap them")
+    return problems
+
+
+_NEEDS_TEACHER = ("accuracy_retained", "inference_time_reduction", "memory_reduction")
+
+
+def _json(value: Any) -> Any:
+    return value.model_dump(mode="json")
+
+
+def parameters(architecture: Architecture, vocabulary: int) -> int:
+    """Weights of a model made from an architecture (shared tables counted once)."""
+    a = architecture
+    heads_width = a.hidden // a.heads
+    kv = (a.kv_heads or a.heads) * heads_width
+    ffn = a.ffn or -(-(a.hidden * 8 // 3) // 32) * 32
+    layer = 2 * a.hidden * a.hidden + 2 * a.hidden * kv + 3 * a.hidden * ffn + 2 * a.hidden
+    if a.type == "qwen3":
+        layer += 2 * heads_width
+    return vocabulary * a.hidden * (1 if a.tie_embeddings else 2) + a.layers * layer + a.hidden
+
+
+def _is_hub(path: str) -> bool:
+    return path.startswith("hf:")
+
+
+class _Builder:
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.steps: list[Step] = []
+        self.shipped = f"student-{spec.convert.precision}"
+
+    def add(
+        self, id: str, method: str, params: Mapping[str, Any], about: str, inputs: Mapping[str, str] | None = None,
+        sources: Mapping[str, str] | None = None, seed: int | None = None, threads: int = 0,
+    ) -> str:  # fmt: skip
+        seed = self.spec.seed if seed is None else seed
+        self.steps.append(Step(id, method, dict(params), dict(inputs or {}), dict(sources or {}), seed, threads, about))
+        return id
+
+    def build(self) -> None:
+        spec = self.spec
+        teacher = spec.teacher
+        self._data()
+        if teacher is not None and teacher.model is not None:
+            self._teacher(teacher.model)
+        elif teacher is not None and teacher.base is not None:
+            self._fetch("teacher", teacher.base)
+        self._synthesis()
+        self._students()
+        self._judge()
+
+    def _data(self) -> None:
+        spec = self.spec
+        sources = {} if _is_hub(spec.data.path) else {"source": spec.data.path}
+        data = _json(spec.data)
+        if sources:
+            data["path"] = PurePosixPath(spec.data.path).name
+        trains = spec.teacher is not None and spec.teacher.model is not None
+        params = {"data": data, "task": _json(spec.task), "needs_teacher": trains}
+        self.add(
+            "data", "data.prepare", params, "read, split, keep test data apart", sources=sources, threads=1, seed=0
+        )
+
+    def _fetch(self, id: str, base: str) -> str:
+        local = not _is_hub(base)
+        params = {"model": PurePosixPath(base).name if local else base}
+        about = "check the model folder" if local else f"get {base[3:]}"
+        return self.add(id, "catalog.fetch", params, about, sources={"model": base} if local else {}, threads=1)
+
+    def _teacher(self, model: Architecture) -> None:
+        teacher = self.spec.teacher
+        assert teacher is not None
+        seed = self.spec.seed if teacher.seed is None else teacher.seed
+        self._tokenizer("teacher-tokenizer", teacher.tokenizer)
+        params = {
+            "training": _json(teacher.train),
+            "architecture": _json(model),
+            "files": ["data/teacher.jsonl"],
+            "validation": "data/validation.jsonl",
+        }
+        size = parameters(model, teacher.tokenizer.vocabulary)
+        self.add(
+            "teacher", "train.sft", params, f"train the teacher ({size / 1e6:.1f} M parameters)",
+            {"data": "data", "tokenizer": "teacher-tokenizer"}, seed=seed, threads=1 if size < SMALL else 0,
+        )  # fmt: skip
+
+    def _tokenizer(self, id: str, tokenizer: TokenizerSpec) -> str:
+        about = "byte-level BPE of the training text"
+        return self.add(id, "train.tokenizer", _json(tokenizer), about, {"data": "data"}, threads=1, seed=0)
+
+    def _local_teacher(self) -> dict[str, str]:
+        return {"teacher": "teacher"} if any(step.id == "teacher" for step in self.steps) else {}
+
+    def _endpoint(self) -> Any:
+        teacher = self.spec.teacher
+        return _json(teacher.endpoint) if teacher is not None and teacher.endpoint is not None else None
+
+    def _synthesis(self) -> None:
+        spec, synthesize = self.spec, self.spec.synthesize
+        task, endpoint = _json(spec.task), self._endpoint()
+        inputs = {"data": "data"}
+        if synthesize.generate is not None:
+            generate = {"generate": _json(synthesize.generate), "task": task, "endpoint": endpoint}
+            what = f"{synthesize.generate.count} new prompts ({synthesize.generate.method})"
+            template = synthesize.generate.method == "template"
+            self.add("prompts", "data.generate", generate, what, inputs | ({} if template else self._local_teacher()))
+            inputs = inputs | {"prompts": "prompts"}
+        if spec.teacher is None or not (synthesize.label_pool or synthesize.generate is not None):
+            return
+        params = {
+            "label_pool": synthesize.label_pool,
+            "votes": synthesize.votes,
+            "vote_temperature": synthesize.vote_temperature,
+            "max_new_tokens": spec.teacher.max_new_tokens,
+            "task": task,
+            "endpoint": endpoint,
+        }
+        self.add("answers", "data.answer", params, "the teacher answers", inputs | self._local_teacher())
+        filters = {
+            "filters": _json(synthesize.filters),
+            "task": task,
+            "endpoint": endpoint if synthesize.filters.judge else None,
+        }
+        judge = self._local_teacher() if synthesize.filters.judge else {}
+        self.add(
+            "synthetic",
+            "data.filter",
+            filters,
+            "keep what is sound",
+            {"answers": "answers", "data": "data"} | judge,
+            threads=1,
+        )
+
+    def _students(self) -> None:
+        spec = self.spec
+        student, has = spec.student, {step.id for step in self.steps}
+        inputs: dict[str, str] = {"data": "data"}
+        vocabulary = 0
+        if student.base is not None:
+            inputs["base"] = self._fetch("student-base", student.base)
+        elif isinstance(student.tokenizer, TokenizerSpec):
+            vocabulary = student.tokenizer.vocabulary
+            inputs["tokenizer"] = self._tokenizer("student-tokenizer", student.tokenizer)
+        elif "teacher-tokenizer" in has:
+            assert spec.teacher is not None
+            vocabulary = spec.teacher.tokenizer.vocabulary
+            inputs["tokenizer"] = "teacher-tokenizer"
+        elif "teacher" in has:
+            inputs["tokenizer"] = "teacher"
+        else:
+            vocabulary = TokenizerSpec().vocabulary
+            inputs["tokenizer"] = self._tokenizer("student-tokenizer", TokenizerSpec())
+        small = student.model is not None and parameters(student.model, vocabulary) < SMALL
+        threads = 1 if small else 0
+        training = Training.model_validate(
+            {name: getattr(spec.train, name) for name in Training.model_fields}, strict=False
+        )
+        architecture = _json(student.model) if student.model is not None else None
+        files = ["data/gold.jsonl", *(["synthetic/train.jsonl"] if "synthetic" in has else [])]
+        taught = inputs | ({"synthetic": "synthetic"} if "synthetic" in has else {})
+        common = {"architecture": architecture, "validation": None}
+        if spec.train.method == "logits":
+            cache = {
+                "files": files,
+                "samples": spec.train.logit_samples,
+                "selection": spec.train.logit_selection,
+                "temperature": spec.train.temperature,
+                "max_length": spec.train.max_length,
+            }
+            self.add(
+                "logits",
+                "train.cache_logits",
+                cache,
+                "one teacher pass: its distributions, cached",
+                taught | {"teacher": "teacher"},
+            )
+            params = {"training": _json(spec.train), "files": files} | common
+            self.add(
+                "student",
+                "train.logits",
+                params,
+                "distil the student (logits)",
+                taught | {"logits": "logits"},
+                threads=threads,
+            )
+        else:
+            params = {"training": _json(training), "files": files} | common
+            word = "distil the student (sequence level)" if "synthetic" in has else "train the student"
+            self.add("student", "train.sft", params, word, taught, threads=threads)
+        gold = {"few": "data/gold.jsonl", "all": "data/oracle.jsonl"}
+        about = {
+            "few": "the student without the teacher, its gold only",
+            "all": "the student without the teacher, all gold",
+        }
+        for name in spec.evaluate.baselines if spec.teacher is not None else ():
+            params = {"training": _json(training), "files": [gold[name]]} | common
+            self.add(name, "train.sft", params, about[name], inputs, threads=threads)
+
+    def _convert(self, model: str, precision: str) -> str:
+        convert = _json(self.spec.convert)
+        convert.pop("format")
+        aware = self.spec.train.quantization_aware != "off" and model != "teacher"
+        rounding = convert["rounding"] or ("plain" if aware else "search")
+        params = convert | {"precision": precision, "rounding": rounding}
+        threads = 1
+        about = f"{model} to ONNX Runtime GenAI, {precision}"
+        return self.add(
+            f"{model}-{precision}",
+            "convert.onnx_genai",
+            params,
+            about,
+            {"model": model, "data": "data"},
+            threads=threads,
+            seed=0,
+        )
+
+    def _judge(self) -> None:
+        spec, has = self.spec, {step.id for step in self.steps}
+        shipped, precision = self.shipped, spec.convert.precision
+        models: dict[str, tuple[str, str]] = {}
+        if "teacher" in has:
+            models["teacher-torch"] = ("teacher", "torch")
+            models["teacher-fp32"] = (self._convert("teacher", "fp32"), "onnx_genai")
+        models["student-fp32"] = (self._convert("student", "fp32"), "onnx_genai")
+        if shipped != "student-fp32":
+            models[shipped] = (self._convert("student", precision), "onnx_genai")
+        for name in ("few", "all"):
+            if name in has:
+                models[f"{name}-{precision}"] = (self._convert(name, precision), "onnx_genai")
+        predictions = {}
+        judged = {"max_new_tokens": spec.evaluate.max_new_tokens, "max_examples": spec.evaluate.max_examples}
+        for variant, (step, runtime) in models.items():
+            size = 1 if not variant.startswith("teacher") else 0
+            predictions[f"predictions.{variant}"] = self.add(
+                f"predict-{variant}", "evaluate.predict", judged | {"runtime": runtime}, f"{variant} on the test data",
+                {"model": step, "data": "data"}, threads=size, seed=0,
+            )  # fmt: skip
+        if self._endpoint() is not None:
+            predictions["predictions.teacher-endpoint"] = self.add(
+                "predict-teacher-endpoint", "evaluate.predict_endpoint", judged | {"endpoint": self._endpoint()},
+                "the remote teacher on the test data", {"data": "data"}, seed=0,
+            )  # fmt: skip
+        measured = {v: m for v, m in models.items() if not v.startswith(("few", "all"))}
+        measure = _json(spec.evaluate.measure) | {
+            "variants": {variant: runtime for variant, (_step, runtime) in measured.items()},
+            "max_new_tokens": spec.evaluate.max_new_tokens,
+        }
+        inputs = {f"model.{variant}": step for variant, (step, _runtime) in measured.items()} | {"data": "data"}
+        self.add("measure", "evaluate.measure", measure, "latency and memory, fresh processes", inputs, seed=0)
+        evaluate = _json(spec.evaluate)
+        params = {
+            "name": spec.name, "version": spec.version, "task": _json(spec.task), "evaluate": evaluate, "shipped": shipped,
+        }  # fmt: skip
+        inputs = {"data": "data", "measurement": "measure"} | predictions
+        inputs |= {
+            f"training.{name}": name
+            for name in ("teacher", "student", "few", "all")
+            if name in has and name != "teacher"
+        }
+        if spec.teacher is not None and spec.teacher.model is not None:
+            inputs["training.teacher"] = "teacher"
+        inputs |= {f"converted.{variant}": step for variant, (step, runtime) in models.items() if runtime != "torch"}
+        inputs |= {name: name for name in ("synthetic", "logits") if name in has}
+        self.add("report", "evaluate.report", params, "the comparison and the verdict", inputs, threads=1)
+        bundle = {
+            "name": spec.name,
+            "version": spec.version,
+            "licence": spec.licence,
+            "task": _json(spec.task),
+            "precision": precision,
+            "max_new_tokens": spec.evaluate.max_new_tokens,
+        }
+        inputs = {"model": models[shipped][0], "report": "report", "data": "data"}
+        self.add("bundle", "bundle.assemble", bundle, "the folder that ships", inputs, threads=1, seed=0)

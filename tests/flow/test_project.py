@@ -1,0 +1,146 @@
+"""Reading slmops.yaml: every problem at once, with line and hint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slmops.errors import SpecError, UsageError
+from slmops.flow.planner import check, plan
+from slmops.flow.project import load
+
+GOOD = """\
+name: demo
+task: {type: classification}
+data:
+  path: rows.csv
+  columns: {prompt: text, answer: label}
+teacher:
+  model: {layers: 2, hidden: 64, heads: 2}
+student:
+  model: {layers: 1, hidden: 32, heads: 2}
+train:
+  learning_rate: 1e-3
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "slmops.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, text), overrides)
+    return caught.value.message
+
+
+def test_a_small_file_reads_and_plans(tmp_path: Path) -> None:
+    project = load(write(tmp_path, GOOD))
+    assert project.spec.train.learning_rate == 1e-3
+    ids = [step.id for step in plan(project.spec)]
+    assert ids[0] == "data" and ids[-1] == "bundle"
+    assert {"teacher", "student", "few", "all", "student-int4", "measure", "report"} <= set(ids)
+    seen: set[str] = set()
+    for step in plan(project.spec):
+        assert set(step.inputs.values()) <= seen
+        seen.add(step.id)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("learning_rate", "learning_rat", 11, "did you mean learning_rate?"),
+        ("layers: 2", "layers: two", 7, "must be a valid integer"),
+        ("layers: 2", "layers: 0", 7, "must be greater than or equal to 1"),
+        ("heads: 2}\nstudent", "heads: 3}\nstudent", 7, "must be a multiple of heads"),
+        ("classification", "classify", 2, "did you mean classification?"),
+        ("name: demo", "name: 'Has Space'", 1, "name"),
+        ("learning_rate: 1e-3", "learning_rate: no", 11, "must be a valid number"),
+        ("  path: rows.csv\n", "", 3, "data.path: is missing"),
+        ("learning_rate: 1e-3", "learning_rate: 0", 11, "must be greater than 0"),
+    ],
+)
+def test_each_mistake_has_its_line_and_hint(tmp_path: Path, old: str, new: str, line: int, says: str) -> None:
+    message = problems(tmp_path, GOOD.replace(old, new, 1))
+    assert f"slmops.yaml:{line}: " in message
+    assert says in message
+
+
+def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("type: classification", "type: x").replace("layers: 2", "layerz: 2") + "colour: red\n"
+    message = problems(tmp_path, text)
+    assert message.startswith("3 problems")
+
+
+def test_two_teachers_are_refused(tmp_path: Path) -> None:
+    message = problems(tmp_path, GOOD.replace("teacher:\n", "teacher:\n  base: some/folder\n"))
+    assert "exactly one of model, base, endpoint" in message
+
+
+def test_yaml_mistakes_name_the_line(tmp_path: Path) -> None:
+    assert "slmops.yaml:3" in problems(tmp_path, "name: a\ntask: {type: [\n")
+    assert "found duplicate key" in problems(tmp_path, "name: a\nname: b\n")
+    assert "empty or not a mapping" in problems(tmp_path, "")
+
+
+def test_yaml_1_2_words_stay_words(tmp_path: Path) -> None:
+    project = load(
+        write(tmp_path, GOOD.replace("columns: {prompt: text, answer: label}", "columns: {prompt: no, answer: yes}"))
+    )
+    assert project.spec.data.columns.prompt == "no"
+
+
+def test_overrides_act_as_if_written(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    project = load(
+        path, ["train.epochs=3", "evaluate.gates=[{metric: accuracy, at_least: 0.5}]", "task.out_of_scope=oos"]
+    )
+    assert project.spec.train.epochs == 3
+    assert project.spec.evaluate.gates[0].at_least == 0.5
+    assert project.spec.task.out_of_scope == "oos"
+    with pytest.raises(UsageError, match="not key=value"):
+        load(path, ["train.epochs"])
+    assert "did you mean epochs?" in problems(tmp_path, GOOD, "train.epoch=3")
+
+
+def test_a_path_given_on_the_command_line_is_relative_to_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, GOOD)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert (
+        load(path, ["data.path=x.csv"]).resolve(load(path, ["data.path=x.csv"]).spec.data.path)
+        == tmp_path / "elsewhere" / "x.csv"
+    )
+    assert load(path).resolve(load(path).spec.data.path) == tmp_path / "rows.csv"
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path / "nothing.yaml")
+    assert "slmops init" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        (["train.method=logits", "teacher={endpoint: {url: 'http://x', model: m}}"], "train.method"),
+        (["teacher={endpoint: {url: 'http://x', model: m}}"], "student.tokenizer"),
+        (["teacher=null", "evaluate.gates=[{metric: accuracy_retained, at_least: 0.9}]"], "evaluate.gates"),
+        (["synthesize.generate={method: template}"], "synthesize.generate.templates"),
+        (["synthesize.generate={method: sample}"], "teacher.train.prompt_weight"),
+        (["data.teacher_share=0"], "data.teacher_share"),
+        (["student={}"], "student"),
+        (["evaluate.gates=[{metric: out_of_scope_recall, at_least: 0.9}]"], "task.out_of_scope"),
+        (["train.quantization_aware=int4", "train.block_size=64"], "train.block_size"),
+        (["train.quantization_aware=int4", "convert.precision=fp32"], "train.quantization_aware"),
+    ],
+)
+def test_stages_that_do_not_fit_are_named(tmp_path: Path, overrides: list[str], path: str) -> None:
+    found = check(load(write(tmp_path, GOOD), overrides).spec)
+    assert path in [problem.path for problem in found]
+    assert all(problem.hint for problem in found)
