@@ -14,11 +14,11 @@ from typing import Any
 
 os.environ["COLUMNS"] = "100"
 
-from pydantic import BaseModel  # noqa: E402
-from pydantic_core import PydanticUndefined  # noqa: E402
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
-from slmops.cli.main import parser  # noqa: E402
-from slmops.core.spec import Spec  # noqa: E402
+from slmops.cli.main import parser
+from slmops.core.spec import Spec
 
 REFERENCE = Path(__file__).parent / "reference"
 

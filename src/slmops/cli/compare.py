@@ -25,16 +25,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Find both sets of predictions and compare them."""
-    from slmops.evaluate.compare import compare, render
+    from slmops.evaluate.compare import Side, compare, render_comparison
 
     task = open_project(options).spec.task
-    result = compare(
-        _predictions(options, options.a), _predictions(options, options.b), task=task, names=(options.a, options.b)
-    )
+    sides = [Side(name, _predictions(options, name)) for name in (options.a, options.b)]
+    result = compare(sides[0], sides[1], task)
     if options.json:
         print_json(result)
     else:
-        print(render(result))
+        print(render_comparison(result))
     return 0
 
 

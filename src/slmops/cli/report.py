@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(page)
         return 0
-    from slmops.evaluate.report import render_text
+    from slmops.evaluate.text import render_text
 
     print(render_text(report))
     print(f"page: {page}")

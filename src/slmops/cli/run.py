@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"nothing to do: all {len(survey)} steps are cached ({seconds(time.monotonic() - begin)})")
     else:
         cost = total([estimate(state, status, survey) for status in todo])
-        preflight(state, survey, int(cost.disk_bytes))
+        preflight(state, survey, int(cost.disk_bytes), options.budget)
         result = _run(state, steps, Options(options.strict, options.budget, max(options.jobs, 0)))
         made = export(state, result)
         say(
@@ -95,9 +95,9 @@ def _run(state: State, steps: Sequence[Step], options: Options) -> Result:
 
 
 def _print_end(report: dict[str, Any], made: dict[str, Path]) -> None:
-    from slmops.evaluate.report import render_summary
+    from slmops.evaluate.text import render_text
 
-    print(render_summary(report))
+    print(render_text(report))
     rows = [["report", str(made["report.html"])]]
     if "bundle" in made:
         rows.append(

@@ -112,11 +112,11 @@ class Variant(Value):
 class Difference(Value):
     """A paired difference of scores, candidate minus reference, on the same examples."""
 
-    metric: str
+    metric: str = Field(description="what is compared")
     n: int = Field(description="examples")
-    value: float
-    low: float
-    high: float
+    value: float = Field(description="score of the candidate minus that of the reference")
+    low: float = Field(description="lower end of its interval")
+    high: float = Field(description="upper end")
     better: int | None = Field(
         description="examples that only the candidate got right; null for scores between 0 and 1"
     )
@@ -137,7 +137,7 @@ class Comparison(Value):
     candidate: str = Field(description="variant after")
     accuracy: Difference = Field(description="of the metric that models are compared by")
     accuracy_retained: Estimate = Field(description="ratio of the two scores")
-    time_reduction: Estimate
+    time_reduction: Estimate = Field(description="1 - mean time per response after / before, same prompts")
     memory_reduction: Estimate = Field(description="the interval is the widest that the rounds allow")
     size_reduction: Estimate = Field(description="of the model files; exact")
 
@@ -145,13 +145,13 @@ class Comparison(Value):
 class Baseline(Value):
     """The same student without the teacher."""
 
-    variant: str
+    variant: str = Field(description="its name")
     trained_on: str = Field(description="in words")
     gold_labels: int | None = Field(description="labels that it learnt from")
-    metric: str
-    value: float
-    low: float
-    high: float
+    metric: str = Field(description="what it is judged by")
+    value: float = Field(description="its own score")
+    low: float = Field(description="lower end of the score's interval")
+    high: float = Field(description="upper end")
     difference: Difference = Field(description="shipped student minus this baseline")
     finding: Finding = Field(description="whether the interval of the difference lies above, below or across zero")
     says: str = Field(description="the finding as a sentence")
@@ -167,20 +167,20 @@ class NoTeacher(Value):
 class Needed(Value):
     """What would decide an undecided gate."""
 
-    count: int
+    count: int = Field(description="how many more")
     more_than: bool = Field(description="true: the estimate is so large that only a lower bound is given")
-    unit: Literal["examples", "prompts", "rounds"]
+    unit: Literal["examples", "prompts", "rounds"] = Field(description="more of what")
 
 
 class Gate(Value):
     """One bound and what became of it."""
 
-    metric: str
-    at_least: float | None
-    at_most: float | None
-    value: float | None
-    low: float | None
-    high: float | None
+    metric: str = Field(description="a score, a headline number, `p95_ms`, `file_mb` or `quantization_loss`")
+    at_least: float | None = Field(description="lower bound, or null")
+    at_most: float | None = Field(description="upper bound, or null")
+    value: float | None = Field(description="what was measured, in the metric's unit; null: not measured")
+    low: float | None = Field(description="lower end of its interval")
+    high: float | None = Field(description="upper end")
     verdict: Verdict = Field(description="`passed`: the whole interval meets the bound; `failed`: the whole misses it")
     needed: Needed | None = Field(None, description="how many more would decide it if the value stayed as it is")
     says: str = Field(description="the verdict as a sentence")
@@ -189,17 +189,17 @@ class Gate(Value):
 class Drop(Value):
     """What one filter of the synthesis took out."""
 
-    filter: str
-    count: int
-    examples: tuple[str, ...] = Field((), description="a few dropped rows, shortened")
+    filter: str = Field(description="name of the filter")
+    count: int = Field(description="rows it took out")
+    examples: tuple[str, ...] = Field((), description="a few dropped rows, shortened: prompt → answer (why)")
 
 
 class Synthesis(Value):
     """What became of the teacher's answers before the student saw them."""
 
-    made: int | None = Field(description="answered prompts that came in")
+    seen: int | None = Field(description="answered prompts that came in")
     kept: int | None = Field(description="rows the student trained on")
-    dropped: tuple[Drop, ...]
+    dropped: tuple[Drop, ...] = Field(description="per filter, in the order in which they ran")
 
 
 class DataSummary(Value):
@@ -207,46 +207,46 @@ class DataSummary(Value):
 
     counts: dict[str, int] = Field(description="examples per file")
     labels: int | None = Field(description="number of labels, for a classification")
-    overlaps: dict[str, int] = Field(
-        description="training rows taken out because test or validation data holds them, by kind"
+    removed: dict[str, int] = Field(
+        description="rows taken out by kind: `train_exact`, `train_near` and `train_ngram` are copies of evaluation data"
     )
 
 
 class Point(Value):
     """One look at a training loss."""
 
-    step: int
-    loss: float
+    step: int = Field(description="optimiser steps done")
+    loss: float = Field(description="nats per answer token")
 
 
 class Training(Value):
     """How one model learnt."""
 
     name: str = Field(description="`teacher`, `student`, `few`, `all`")
-    train: tuple[Point, ...]
-    validation: tuple[Point, ...]
-    best_step: int | None
+    train: tuple[Point, ...] = Field(description="training loss, mean since the point before")
+    validation: tuple[Point, ...] = Field(description="validation loss")
+    best_step: int | None = Field(description="step whose weights were kept")
     facts: dict[str, Any] = Field(description="other plain facts that the trainer wrote")
 
 
 class Confusion(Value):
     """A label of the test set and what the shipped student makes of it."""
 
-    label: str
+    label: str = Field(description="gold label")
     n: int = Field(description="test examples")
     recall: float = Field(description="share that the shipped student gets right")
-    teacher_recall: float | None
+    teacher_recall: float | None = Field(description="the same of the teacher; null: no teacher")
     taken_for: str = Field(description="its most frequent wrong answer")
-    taken_count: int
+    taken_count: int = Field(description="how often that was")
 
 
 class Wrong(Value):
     """A test example that the shipped student gets wrong."""
 
-    id: str
-    prompt: str
-    gold: str
-    answer: str
+    id: str = Field(description="of the example")
+    prompt: str = Field(description="last message of the user")
+    gold: str = Field(description="right answer")
+    answer: str = Field(description="the shipped student's answer")
     teacher: str | None = Field(description="the teacher's answer")
 
 
@@ -256,7 +256,7 @@ class Report(Value):
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of this schema")
-    subject: Subject
+    subject: Subject = Field(description="what the report is about")
     task: Task = Field(description="as in the project file")
     verdict: Verdict = Field(description="failed if any gate failed, else undecided if any is, else passed")
     says: str = Field(description="the verdict as a sentence")
@@ -264,15 +264,17 @@ class Report(Value):
     n_test: int = Field(description="test examples that every variant answered")
     confidence: float = Field(description="of every interval")
     resamples: int = Field(description="bootstrap resamples")
-    headline: Headline
-    gates: tuple[Gate, ...]
+    headline: Headline = Field(description="the five numbers to look for first")
+    gates: tuple[Gate, ...] = Field(description="in the order of the project file")
     variants: tuple[Variant, ...] = Field(description="teacher first, then student, then baselines")
-    comparisons: tuple[Comparison, ...]
-    no_teacher_baseline: NoTeacher
-    data: DataSummary
+    comparisons: tuple[Comparison, ...] = Field(
+        description="what each step from teacher to shipped student changes; those whose variants are there"
+    )
+    no_teacher_baseline: NoTeacher = Field(description="the same student without the teacher")
+    data: DataSummary = Field(description="how the data was split")
     synthesis: Synthesis | None = Field(description="null: no teacher answers")
     self_check: dict[str, Any] | None = Field(description="what logit distillation looked at before it began")
-    training: tuple[Training, ...]
+    training: tuple[Training, ...] = Field(description="how each model learnt")
     confusions: tuple[Confusion, ...] = Field(description="the labels with the lowest recall; classification only")
     wrong: tuple[Wrong, ...] = Field(description="up to 20 examples, chosen by id")
     wrong_count: int = Field(description="all test examples that do not score 1")

@@ -171,6 +171,17 @@ class Endpoint(Value):
     price: Pricing = Pricing()
 
 
+ENDPOINT_NEUTRAL = (
+    "endpoint.api_key_env",
+    "endpoint.concurrency",
+    "endpoint.timeout_s",
+    "endpoint.retries",
+    "endpoint.min_success_ratio",
+    "endpoint.price",
+)
+"""Settings of an endpoint that cannot change an answer: they stay out of the keys of steps."""
+
+
 class Teacher(Value):
     """Exactly one of: a model trained by this file (`model`), a model that exists (`base`), or an `endpoint`."""
 
@@ -266,7 +277,7 @@ class Convert(Value):
     fidelity_prompts: Positive = 32
     rounding: Literal["search", "plain"] | None = Field(
         None,
-        description="search: the scale with the least error; plain: the largest weight decides; default: plain after quantization_aware training",
+        description="of int4 scales; default: plain after quantization_aware training, else search (least error)",
     )
     min_token_agreement: Share = Field(
         0.99, description="an fp32 conversion whose next tokens agree less with torch is an error"

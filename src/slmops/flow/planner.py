@@ -202,10 +202,12 @@ class _Builder:
             "max_new_tokens": spec.teacher.max_new_tokens,
             "task": task,
             "endpoint": endpoint,
+            "guided": True if spec.teacher.base is not None else None,
         }
         self.add("answers", "data.answer", params, "the teacher answers", inputs | self._local_teacher())
         filters = {
             "filters": _json(synthesize.filters),
+            "overlap": _json(spec.data.overlap),
             "task": task,
             "endpoint": endpoint if synthesize.filters.judge else None,
         }
@@ -325,7 +327,7 @@ class _Builder:
             )  # fmt: skip
         if self._endpoint() is not None:
             predictions["predictions.teacher-endpoint"] = self.add(
-                "predict-teacher-endpoint", "evaluate.predict_endpoint", judged | {"endpoint": self._endpoint()},
+                "predict-teacher-endpoint", "evaluate.predict_endpoint", judged | {"endpoint": self._endpoint(), "task": _json(spec.task)},
                 "the remote teacher on the test data", {"data": "data"}, seed=0,
             )  # fmt: skip
         measured = {v: m for v, m in models.items() if not v.startswith(("few", "all"))}

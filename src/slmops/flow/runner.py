@@ -15,6 +15,7 @@ from typing import Any
 
 from slmops.core.method import Progress, SilentProgress
 from slmops.core.step import Step
+from slmops.engines.endpoint_address import check_endpoint
 from slmops.errors import ResourceError, SlmopsError
 from slmops.flow import methods
 from slmops.flow.executor import Ended, Executor, Task
@@ -51,13 +52,15 @@ class Options:
     until: tuple[str, ...] = ()
 
 
-def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0) -> None:
+def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0, budget: float | None = None) -> None:
     """Refuse what cannot end well, before any model is loaded.
 
     Args:
         disk_bytes: estimate of what the steps to run will write.
+        budget: as in `Options`.
 
     Raises:
+        UsageError: an endpoint that cannot be asked (bad address, no key, a budget without prices).
         MissingExtraError: a step's packages are not installed.
         ResourceError: not enough disk.
     """
@@ -65,7 +68,10 @@ def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0) -> No
         if status.state == "run":
             declaration = methods.get(status.step.method).DECLARATION
             methods.require(declaration)
-            methods.get(status.step.method).Params.model_validate(status.step.params, strict=False)
+            params = methods.get(status.step.method).Params.model_validate(status.step.params, strict=False)
+            endpoint = getattr(params, "endpoint", None)
+            if endpoint is not None:
+                check_endpoint(endpoint, budget)
     folder = state.root if state.root.exists() else state.project.root
     free = shutil.disk_usage(folder).free
     if free < disk_bytes:
@@ -113,6 +119,7 @@ class _Run:
         self.running: dict[str, Status] = {}
         self.begun: dict[str, float] = {}
         self.result = Result()
+        self.spent = 0.0
 
     def go(self) -> Result:
         try:
@@ -165,7 +172,7 @@ class _Run:
         task = Task(
             id=step.id, method=step.method, params=step.params, inputs=inputs, out=out, scratch=scratch / "work",
             shared=self.state.root / "shared", seed=step.seed, threads=self.state.threads(step),
-            strict=self.options.strict, budget=self.options.budget,
+            strict=self.options.strict, budget=None if self.options.budget is None else max(0.0, self.options.budget - self.spent),
         )  # fmt: skip
         task.scratch.mkdir(parents=True, exist_ok=True)
         task.shared.mkdir(parents=True, exist_ok=True)
@@ -181,6 +188,8 @@ class _Run:
         step = status.step
         assert status.key is not None and status.parts is not None
         declaration = methods.get(step.method).DECLARATION
+        ledger = (ended.facts or {}).get("teacher") or {}
+        self.spent += float(ledger.get("cost", 0.0)) + float(ledger.get("unsure", 0.0))
         artifact = self.state.store.put(ended.task.out, declaration.makes)
         record = {
             "step": step.id,

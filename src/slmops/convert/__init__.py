@@ -1,0 +1,1 @@
+"""Turning trained models into the forms that runtimes load: one file per format."""

@@ -1,0 +1,260 @@
+"""Rewriting a decoder graph that the model builder made: rounded weights, and nothing in the file but the model.
+
+`rewrite` takes the builder's float32 graph and
+- replaces every product with a constant matrix by `MatMulNBits`, and the embedding look-up by `GatherBlockQuantized`
+  over the very same table where the model ties its embedding to its output layer;
+- keeps scales as float16 (widened when the session folds constants), and computes the rotary tables from their
+  frequencies in the graph instead of storing them, where that gives the same numbers;
+- drops names, documentation and everything else that differs from machine to machine.
+
+Inputs, outputs and their names stay: the runtime goes by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from slmops.convert.rounding import round_matrix
+from slmops.errors import ConversionError
+
+ROTARY_TOLERANCE = 2e-6
+
+
+@dataclass
+class Rewrite:
+    """What a rewrite did: names of the products and look-ups that were rounded, and of those that stayed float32."""
+
+    rounded: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    rotary_computed: bool = False
+
+
+def rewrite(model: Any, *, bits: int | None, block_size: int, accuracy_level: int, search: bool = True) -> Rewrite:
+    """Rewrite an `onnx.ModelProto` in place. `bits` None leaves the weights as they are.
+
+    Raises:
+        ConversionError: the graph has no product that can be rounded, though `bits` asks for it.
+    """
+    graph = model.graph
+    report = Rewrite()
+    _constants_to_initialisers(graph)
+    if bits is not None:
+        _round_weights(graph, bits, block_size, accuracy_level, search, report)
+        if not report.rounded:
+            raise ConversionError("the graph has no weight that can be rounded", "use convert.precision: fp32")
+    report.rotary_computed = _compute_rotary(graph)
+    _drop_unused(graph)
+    _strip(model)
+    return report
+
+
+def _constants_to_initialisers(graph: Any) -> None:
+    for node in [n for n in graph.node if n.op_type == "Constant"]:
+        tensor = node.attribute[0].t
+        tensor.name = node.output[0]
+        graph.initializer.append(tensor)
+        graph.node.remove(node)
+
+
+def _round_weights(graph: Any, bits: int, block_size: int, accuracy_level: int, search: bool, report: Rewrite) -> None:
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    tensors = {t.name: t for t in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    done: dict[str, tuple[str, str, int]] = {}
+    nodes: list[Any] = []
+
+    def store(name: str, matrix: Any) -> tuple[str, str, int]:
+        """Round a matrix (out, in) once; returns the names of codes and scales, and the padded width."""
+        if name not in done:
+            rounded = round_matrix(matrix, bits, block_size, search=search)
+            codes, half, wide = f"{name}/q", f"{name}/h", f"{name}/s"
+            graph.initializer.append(numpy_helper.from_array(rounded.packed(), codes))
+            graph.initializer.append(numpy_helper.from_array(rounded.scales, half))
+            nodes.append(helper.make_node("Cast", [half], [wide], to=1))
+            done[name] = (codes, wide, rounded.codes.shape[1] * block_size)
+        return done[name]
+
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in tensors and len(tensors[node.input[1]].dims) == 2:
+            matrix = numpy_helper.to_array(tensors[node.input[1]]).T
+            codes, scales, _ = store(node.input[1], matrix)
+            nodes.append(
+                helper.make_node(
+                    "MatMulNBits",
+                    [node.input[0], codes, scales],
+                    list(node.output),
+                    domain="com.microsoft",
+                    K=matrix.shape[1],
+                    N=matrix.shape[0],
+                    bits=bits,
+                    block_size=block_size,
+                    accuracy_level=accuracy_level,
+                )
+            )
+            report.rounded.append(node.name or node.output[0])
+        elif node.op_type == "Gather" and (table := _table(node.input[0], tensors, makers)) is not None:
+            name, matrix = table
+            codes, scales, padded = store(name, matrix)
+            rows, columns = matrix.shape
+            shape, flat = f"{name}/shape", f"{name}/flat"
+            graph.initializer.append(numpy_helper.from_array(np.array([rows, padded * bits // 8], np.int64), shape))
+            nodes.append(helper.make_node("Reshape", [codes, shape], [flat]))
+            out = node.output[0] if padded == columns else f"{name}/padded"
+            nodes.append(
+                helper.make_node(
+                    "GatherBlockQuantized",
+                    [flat, node.input[1], scales],
+                    [out],
+                    domain="com.microsoft",
+                    bits=bits,
+                    block_size=block_size,
+                    gather_axis=0,
+                    quantize_axis=1,
+                )
+            )
+            if padded != columns:
+                bounds = {f"{name}/from": [0], f"{name}/to": [columns], f"{name}/axis": [2]}
+                for key, value in bounds.items():
+                    graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), key))
+                nodes.append(helper.make_node("Slice", [out, *bounds], [node.output[0]]))
+            report.rounded.append(node.name or node.output[0])
+        else:
+            if node.op_type in ("MatMul", "Gemm") and any(i in tensors for i in node.input):
+                report.kept.append(node.name or node.output[0])
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _table(name: str, tensors: dict[str, Any], makers: dict[str, Any]) -> tuple[str, Any] | None:
+    """The embedding table (vocabulary, hidden) behind a look-up and its tensor's name; None for other look-ups."""
+    from onnx import numpy_helper
+
+    if name in tensors:
+        tensor = tensors[name]
+        return (name, numpy_helper.to_array(tensor)) if len(tensor.dims) == 2 and tensor.data_type == 1 else None
+    maker = makers.get(name)
+    if maker is not None and maker.op_type == "Transpose" and maker.input[0] in tensors:
+        return maker.input[0], numpy_helper.to_array(tensors[maker.input[0]]).T
+    return None
+
+
+def _compute_rotary(graph: Any) -> bool:
+    """Replace stored tables of cosines and sines (positions, half) by their frequencies, if that gives the same."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    tensors = {t.name: t for t in graph.initializer}
+    if "cos_cache" not in tensors or "sin_cache" not in tensors:
+        return False
+    cos, sin = (numpy_helper.to_array(tensors[n]) for n in ("cos_cache", "sin_cache"))
+    if cos.dtype != np.float32 or cos.ndim != 2 or cos.shape[0] < 2:
+        return False
+    positions = np.arange(cos.shape[0], dtype=np.float32)[:, None]
+    frequencies = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64)).astype(np.float32)
+    frequencies = _refine(frequencies, cos, sin)
+    angles = positions * frequencies[None, :]
+    if max(np.abs(np.cos(angles) - cos).max(), np.abs(np.sin(angles) - sin).max()) > ROTARY_TOLERANCE:
+        return False
+    graph.initializer.append(numpy_helper.from_array(frequencies[None, :], "rotary/f"))
+    graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "rotary/0"))
+    graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "rotary/1"))
+    graph.initializer.append(numpy_helper.from_array(np.array(cos.shape[0], np.int64), "rotary/n"))
+    graph.initializer.append(numpy_helper.from_array(np.array([-1, 1], np.int64), "rotary/column"))
+    made = [
+        helper.make_node("Range", ["rotary/0", "rotary/n", "rotary/1"], ["rotary/i"]),
+        helper.make_node("Cast", ["rotary/i"], ["rotary/p"], to=1),
+        helper.make_node("Reshape", ["rotary/p", "rotary/column"], ["rotary/c"]),
+        helper.make_node("Mul", ["rotary/c", "rotary/f"], ["rotary/a"]),
+        helper.make_node("Cos", ["rotary/a"], ["rotary/cos"]),
+        helper.make_node("Sin", ["rotary/a"], ["rotary/sin"]),
+    ]
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in ("cos_cache", "sin_cache"):
+                node.input[i] = "rotary/" + name[:3]
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend(made + rest)
+    return True
+
+
+def _refine(frequencies: Any, cos: Any, sin: Any) -> Any:
+    """Frequencies exact enough for the last position: the neighbour (in float32 steps) that fits the tables best.
+
+    An angle read off position 1 may be wrong by a unit in the last place, which the last position multiplies.
+    """
+    import numpy as np
+
+    last = np.float32(cos.shape[0] - 1)
+    best, error = frequencies, np.full(frequencies.shape, np.inf)
+    for step in range(-6, 7):
+        trial = (frequencies.view(np.int32) + step).view(np.float32)
+        angle = last * trial
+        off = np.abs(np.cos(angle) - cos[-1]) + np.abs(np.sin(angle) - sin[-1])
+        best = np.where(off < error, trial, best)
+        error = np.minimum(error, off)
+    return best.astype(np.float32)
+
+
+def _drop_unused(graph: Any) -> None:
+    """Remove nodes and tensors whose results nothing reads."""
+    wanted = {o.name for o in graph.output}
+    while True:
+        read = wanted | {name for node in graph.node for name in node.input}
+        dead = [n for n in graph.node if not any(o in read for o in n.output)]
+        if not dead:
+            break
+        for node in dead:
+            graph.node.remove(node)
+    unread = [t for t in graph.initializer if t.name not in read]
+    for tensor in unread:
+        graph.initializer.remove(tensor)
+
+
+def _strip(model: Any) -> None:
+    """Short names in order of appearance; no documentation, no metadata, no shapes that can be inferred."""
+    graph = model.graph
+    fixed = {v.name for v in [*graph.input, *graph.output]}
+    short: dict[str, str] = {"": ""}
+
+    def rename(name: str) -> str:
+        if name in fixed:
+            return name
+        return short.setdefault(name, f"_{len(short):x}")
+
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [rename(n) for n in names]
+        node.ClearField("name")
+        node.ClearField("doc_string")
+        del node.metadata_props[:]
+        attributes = sorted(node.attribute, key=lambda a: a.name)
+        del node.attribute[:]
+        node.attribute.extend(attributes)
+    tensors = sorted(graph.initializer, key=lambda t: int(short[t.name][1:], 16))
+    for tensor in tensors:
+        tensor.name = short[tensor.name]
+        tensor.ClearField("doc_string")
+        del tensor.metadata_props[:]
+    tensors = [_copy(t) for t in tensors]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    graph.ClearField("doc_string")
+    graph.name = "decoder"
+    del model.metadata_props[:]
+    model.ClearField("doc_string")
+    model.ClearField("domain")
+    model.ClearField("model_version")
+    model.producer_name, model.producer_version = "slmops", ""
+
+
+def _copy(message: Any) -> Any:
+    other = type(message)()
+    other.CopyFrom(message)
+    return other

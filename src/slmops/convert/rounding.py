@@ -1,0 +1,108 @@
+"""Rounding weights to few bits: the one rule that the converter and quantisation-aware training share.
+
+A matrix W (out, in) is cut into groups of `block_size` along its last axis; a last group that is short is padded with
+zeros. Each group has a scale s, kept as float16, and codes q of `bits` bits; its value is (q - 2^(bits-1)) * s.
+
+The plain rule takes s = float16(m / -2^(bits-1)), m being the element of largest magnitude (the first on ties), so
+that m gets code 0, and q = rint(w / s) + 2^(bits-1), clamped. It is idempotent: rounded weights round to themselves,
+bit for bit. `search` tries other scales and keeps one only where it lowers the group's squared error, so weights that
+already lie on the grid stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CANDIDATES = tuple(round(0.70 + 0.02 * i, 2) for i in range(21))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded matrix.
+
+    Attributes:
+        codes: uint8 (out, groups, block_size), values 0 to 2^bits - 1.
+        scales: float16 (out, groups).
+        bits: 4 or 8.
+        columns: the width before padding.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+    bits: int
+    columns: int
+
+    def values(self) -> NDArray[np.float32]:
+        """What the codes stand for: float32 (out, columns)."""
+        import numpy as np
+
+        centred = self.codes.astype(np.float32) - np.float32(1 << (self.bits - 1))
+        full: NDArray[np.float32] = centred * self.scales.astype(np.float32)[..., None]
+        return np.ascontiguousarray(full.reshape(full.shape[0], -1)[:, : self.columns])
+
+    def packed(self) -> NDArray[np.uint8]:
+        """The bytes as the runtime reads them: (out, groups, block_size * bits / 8), low half byte first."""
+        import numpy as np
+
+        if self.bits == 8:
+            return self.codes
+        packed: NDArray[np.uint8] = self.codes[..., 0::2] | (self.codes[..., 1::2] << np.uint8(4))
+        return packed
+
+
+def round_matrix(weights: Any, bits: int, block_size: int, *, search: bool = False) -> Rounded:
+    """Round a float32 matrix (out, in).
+
+    Args:
+        weights: float32 array (out, in), finite.
+        bits: 4 or 8.
+        block_size: weights that share a scale.
+        search: look for scales with a lower squared error than the plain rule's.
+    """
+    import numpy as np
+
+    rows, columns = weights.shape
+    padding = -columns % block_size
+    padded = np.pad(np.asarray(weights, np.float32), ((0, 0), (0, padding)))
+    groups = padded.reshape(rows, -1, block_size)
+    half = 1 << (bits - 1)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
+    best = (largest / np.float32(-half)).astype(np.float16)
+    codes = _codes(groups, best, half)
+    if search:
+        error = _error(groups, codes, best, half)
+        for factor in CANDIDATES:
+            scales = (largest * np.float32(factor) / np.float32(-half)).astype(np.float16)
+            trial = _codes(groups, scales, half)
+            trial_error = _error(groups, trial, scales, half)
+            better = trial_error < error
+            best = np.where(better, scales, best)
+            codes = np.where(better[..., None], trial, codes)
+            error = np.where(better, trial_error, error)
+    return Rounded(codes, best, bits, columns)
+
+
+def _codes(groups: NDArray[np.float32], scales: NDArray[np.float16], half: int) -> NDArray[np.uint8]:
+    """Codes of groups (out, groups, block) under scales (out, groups); a zero scale gives the code of zero."""
+    import numpy as np
+
+    wide = scales.astype(np.float32)[..., None]
+    steps = np.divide(groups, wide, out=np.zeros_like(groups), where=wide != 0)
+    codes: NDArray[np.uint8] = np.clip(np.rint(steps) + half, 0, 2 * half - 1).astype(np.uint8)
+    return codes
+
+
+def _error(
+    groups: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.float16], half: int
+) -> NDArray[np.float32]:
+    """Squared error per group (out, groups)."""
+    import numpy as np
+
+    values = (codes.astype(np.float32) - np.float32(half)) * scales.astype(np.float32)[..., None]
+    error: NDArray[np.float32] = np.square(groups - values).sum(-1)
+    return error

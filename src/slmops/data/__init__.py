@@ -1,0 +1,1 @@
+"""Reads, cleans and splits data, and synthesises more of it with a teacher."""

@@ -1,0 +1,89 @@
+"""Running models: one adapter per runtime, all behind `slmops.core.engine.Engine`.
+
+`open_engine` looks at a model folder and loads it with the runtime that it was made for. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from slmops.core.engine import Engine
+from slmops.errors import ModelError
+
+Runtime = Literal["auto", "torch", "onnx_genai"]
+RUNTIMES: tuple[Runtime, ...] = ("auto", "torch", "onnx_genai")
+
+
+def detect(folder: Path) -> Literal["torch", "onnx_genai"]:
+    """Which runtime a model folder is for.
+
+    Raises:
+        ModelError: the folder is missing or is not a model.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"no model folder at {folder}", "check the path; a model is a folder, not a file")
+    if (folder / "genai_config.json").is_file():
+        return "onnx_genai"
+    if (folder / "config.json").is_file():
+        if not list(folder.glob("*.safetensors")):
+            raise ModelError(f"{folder} has a config.json but no .safetensors file", "save the weights as safetensors")
+        return "torch"
+    raise ModelError(
+        f"{folder} is not a model: it has neither genai_config.json nor config.json",
+        "point to a Hugging Face model folder or to one that `slmops` converted",
+    )
+
+
+def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto") -> Engine:
+    """Load a model.
+
+    Args:
+        folder: a model folder in Hugging Face or ONNX Runtime GenAI form, with its tokenizer and chat template.
+        threads: CPU threads, at least 1.
+        kind: the runtime; `auto` takes the one that the folder is for.
+
+    Raises:
+        ModelError: the folder is not a model of that kind or cannot be loaded.
+        MissingExtraError: the runtime is not installed.
+    """
+    found = detect(folder)
+    if kind not in ("auto", found):
+        raise ModelError(f"{folder} is a model for {found}, not for {kind}", f"use runtime {found} or auto")
+    if threads < 1:
+        raise ModelError(f"threads must be at least 1, not {threads}", "leave threads out or give a positive number")
+    if found == "torch":
+        from slmops.engines.torch_engine import TorchEngine
+
+        return TorchEngine(folder, threads=threads)
+    from slmops.engines.onnx_genai import GenaiEngine
+
+    return GenaiEngine(folder, threads=threads)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder; a ModelError that names the file otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", "the model folder is incomplete") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}", "the model folder is damaged; make it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object", "the model folder is damaged; make it again")
+    return value
+
+
+def no_room(index: int, length: int, context: int) -> ModelError:
+    """The error for a prompt that leaves no room for an answer."""
+    return ModelError(
+        f"prompt {index} has {length} tokens, but the context of the model holds {context}, answer included",
+        "shorten the prompt, or train a model with a longer context",
+    )
+
+
+def clean(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages without NUL characters, at which one runtime would end the text. All engines do this alike."""
+    return [{**m, "content": m["content"].replace("\0", "")} for m in messages]

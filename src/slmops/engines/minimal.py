@@ -1,0 +1,163 @@
+"""The smallest model that each runtime can run: what an idle runtime is measured with, and what tests start from.
+
+`write_minimal` makes a folder with one decoder layer, 32 wide, and a tokenizer of single bytes. Its weights are fixed
+numbers; its answers mean nothing. The ONNX form holds float32 products and 4-bit ones, so that an idle runtime has
+mapped the code of both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+HIDDEN, HEADS, FFN, CONTEXT = 32, 2, 32, 64
+SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+VOCABULARY = len(SPECIAL) + 256
+END = SPECIAL.index("<|end|>")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+PROMPT = [{"role": "user", "content": "hello"}]
+
+
+def write_minimal(folder: Path, runtime: Literal["torch", "onnx_genai"]) -> None:
+    """Write a minimal model for a runtime into an empty folder. Needs torch and transformers, or onnx."""
+    _write_tokenizer(folder)
+    if runtime == "torch":
+        _write_torch(folder)
+    else:
+        _write_onnx(folder)
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def byte_alphabet() -> list[str]:
+    """The printable stand-in of each byte in byte-level tokenizers, by byte value."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
+
+
+def _write_tokenizer(folder: Path) -> None:
+    words = {token: i for i, token in enumerate([*SPECIAL, *byte_alphabet()])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for i, token in enumerate(SPECIAL)],
+        "normalizer": None,
+        "pre_tokenizer": step,
+        "post_processor": None,
+        "decoder": step,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": words, "merges": []},
+    }  # fmt: skip
+    _dump(folder / "tokenizer.json", tokenizer)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "eos_token": "<|end|>"}
+    _dump(folder / "tokenizer_config.json", {**settings, "model_max_length": CONTEXT})
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+
+def _write_torch(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=1, intermediate_size=FFN,
+        num_attention_heads=HEADS, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=END, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+
+
+def _write_onnx(folder: Path) -> None:
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    head, half = HIDDEN // HEADS, HIDDEN // HEADS // 2
+    angles = np.outer(np.arange(CONTEXT), 10000.0 ** (-np.arange(half) / half))
+    weights = {
+        "scales": np.full((VOCABULARY, 1), 0.05),
+        "qkv": rng.normal(0, 0.1, (HIDDEN, 3 * HIDDEN)),
+        "o": rng.normal(0, 0.1, (HIDDEN, HIDDEN)),
+        "gate": rng.normal(0, 0.1, (HIDDEN, FFN)),
+        "down": rng.normal(0, 0.1, (FFN, HIDDEN)),
+        "norm": np.ones(HIDDEN),
+        "cos": np.cos(angles),
+        "sin": np.sin(angles),
+    }
+    tensors = [numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in weights.items()]
+    codes = rng.integers(0, 256, (VOCABULARY, 1, HIDDEN // 2), np.uint8)
+    tensors.append(numpy_helper.from_array(codes, "codes"))
+    tensors.append(numpy_helper.from_array(codes[:, 0], "table"))
+    tensors.append(numpy_helper.from_array(np.array([1], np.int64), "one"))
+    tensors.append(numpy_helper.from_array(np.array(1, np.int64), "second"))
+    ms = "com.microsoft"
+    keep = ["", "", "skipped"]
+    nodes = [
+        helper.make_node("ReduceSum", ["attention_mask", "one"], ["sum"], keepdims=0),
+        helper.make_node("Sub", ["sum", "one"], ["last"]),
+        helper.make_node("Cast", ["last"], ["lengths"], to=TensorProto.INT32),
+        helper.make_node("Shape", ["attention_mask"], ["shape"]),
+        helper.make_node("Gather", ["shape", "second"], ["width"], axis=0),
+        helper.make_node("Cast", ["width"], ["total"], to=TensorProto.INT32),
+        helper.make_node(
+            "GatherBlockQuantized", ["table", "input_ids", "scales"], ["x"],
+            domain=ms, bits=4, block_size=32, gather_axis=0, quantize_axis=1,
+        ),
+        helper.make_node("SimplifiedLayerNormalization", ["x", "norm"], ["n"], axis=-1, epsilon=1e-6, stash_type=1),
+        helper.make_node("MatMul", ["n", "qkv"], ["packed"]),
+        helper.make_node(
+            "GroupQueryAttention",
+            ["packed", "", "", "past_key_values.0.key", "past_key_values.0.value", "lengths", "total", "cos", "sin"],
+            ["mixed", "present.0.key", "present.0.value"],
+            domain=ms, num_heads=HEADS, kv_num_heads=HEADS, do_rotary=1, scale=head**-0.5,
+        ),
+        helper.make_node("MatMul", ["mixed", "o"], ["projected"]),
+        helper.make_node("SkipSimplifiedLayerNormalization", ["x", "projected", "norm"], ["m", *keep], domain=ms),
+        helper.make_node("MatMul", ["m", "gate"], ["g"]),
+        helper.make_node("Sigmoid", ["g"], ["s"]),
+        helper.make_node("Mul", ["g", "s"], ["a"]),
+        helper.make_node("MatMul", ["a", "down"], ["d"]),
+        helper.make_node("SkipSimplifiedLayerNormalization", ["skipped", "d", "norm"], ["out"], domain=ms),
+        helper.make_node(
+            "MatMulNBits", ["out", "codes", "scales"], ["logits"],
+            domain=ms, K=HIDDEN, N=VOCABULARY, bits=4, block_size=32, accuracy_level=4,
+        ),
+    ]  # fmt: skip
+
+    def value(name: str, kind: int, *shape: Any) -> Any:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    long, real = TensorProto.INT64, TensorProto.FLOAT
+    cache = [f"{{}}.0.{part}" for part in ("key", "value")]
+    inputs = [value("input_ids", long, "b", "s"), value("attention_mask", long, "b", "t")]
+    inputs += [value(c.format("past_key_values"), real, "b", HEADS, "p", head) for c in cache]
+    outputs = [value("logits", real, "b", "s", VOCABULARY)]
+    outputs += [value(c.format("present"), real, "b", HEADS, "t", head) for c in cache]
+    graph = helper.make_graph(nodes, "minimal", inputs, outputs, tensors)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid(ms, 1)]
+    model = helper.make_model(graph, producer_name="slmops", opset_imports=imports, ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    decoder = {
+        "filename": "model.onnx", "head_size": head, "hidden_size": HIDDEN, "num_attention_heads": HEADS,
+        "num_hidden_layers": 1, "num_key_value_heads": HEADS, "session_options": {"provider_options": []},
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names},
+        "outputs": {"logits": "logits", **present},
+    }  # fmt: skip
+    head_of = {"context_length": CONTEXT, "eos_token_id": END, "pad_token_id": 0, "vocab_size": VOCABULARY}
+    search = {"max_length": CONTEXT, "do_sample": False, "past_present_share_buffer": True}
+    _dump(folder / "genai_config.json", {"model": {"type": "llama", "decoder": decoder, **head_of}, "search": search})

@@ -1,0 +1,89 @@
+"""A fresh process that runs one model and says how long it took and how much memory it held.
+
+`python -m slmops.engines.worker JOB.json RESULT.json`. The job names the model folder, its runtime, the threads, the
+prompts (lists of messages), how many new tokens, and how many warm-up answers to throw away; the result holds seconds
+per prompt, tokens per prompt, seconds to load, and peak resident bytes after the imports and at the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from slmops.core.engine import Sampling
+from slmops.engines import open_engine
+from slmops.errors import SlmopsError
+
+LIBRARIES = {"torch": ("torch", "transformers"), "onnx_genai": ("numpy", "onnxruntime_genai")}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held resident, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job; see the module."""
+    for library in LIBRARIES[job["runtime"]]:
+        importlib.import_module(library)
+    imported = peak_bytes()
+    started = time.perf_counter()
+    engine = open_engine(Path(job["folder"]), threads=job["threads"], kind=job["runtime"])
+    loaded = time.perf_counter() - started
+    sampling = Sampling(max_new_tokens=job["max_new_tokens"])
+    prompts = [engine.encode(messages) for messages in job["prompts"]]
+    fitting = [p for p in prompts if len(p) < engine.context_length]
+    for i in range(job["warmup"] if fitting else 0):
+        engine.generate([fitting[i % len(fitting)]], sampling)
+    first: list[float | None] = []
+    total: list[float | None] = []
+    tokens: list[int | None] = []
+    for prompt in prompts:
+        if len(prompt) >= engine.context_length:
+            first.append(None)
+            total.append(None)
+            tokens.append(None)
+            continue
+        answer = engine.generate([prompt], sampling)[0]
+        first.append(answer.first_token_s)
+        total.append(answer.total_s)
+        tokens.append(len(answer.tokens))
+    return {
+        "first_token_s": first,
+        "total_s": total,
+        "tokens": tokens,
+        "prompt_tokens": [len(p) for p in prompts],
+        "load_s": loaded,
+        "import_bytes": imported,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def main(job: str, result: str) -> int:
+    """Read a job, write its result; errors of slmops go into the result as `error` and `hint`."""
+    try:
+        answer = work(json.loads(Path(job).read_text(encoding="utf-8")))
+    except SlmopsError as error:
+        answer = {"error": error.message, "hint": error.hint}
+    Path(result).write_text(json.dumps(answer), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

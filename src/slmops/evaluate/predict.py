@@ -1,0 +1,114 @@
+"""Method `evaluate.predict`: a model answers the test split, greedily, in the runtime it is to be judged in.
+
+Every test example gets a row in `predictions.jsonl`, in the order of the test file (or of the chosen part of it). A
+prompt that does not fit the context is a wrong answer, empty and unfinished, not a crash. Nothing is scored here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from slmops.core.engine import Engine, Generation, Sampling
+from slmops.core.example import Example
+from slmops.core.method import Context, Declaration, Facts
+from slmops.core.method import Params as BaseParams
+from slmops.errors import DataError
+
+DECLARATION = Declaration(
+    name="evaluate.predict",
+    version="1",
+    makes="predictions",
+    takes={"model": "model", "data": "dataset"},
+    extra="runtime",
+    packages=("onnxruntime-genai", "onnxruntime", "torch", "transformers"),
+)
+
+
+class Params(BaseParams):
+    """`max_examples` keeps that many test examples, those with the smallest ids; None keeps all."""
+
+    runtime: Literal["auto", "torch", "onnx_genai"] = "auto"
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+
+
+def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
+    """Answer `inputs["data"]/test.jsonl` with `inputs["model"]`."""
+    from slmops.engines import open_engine
+
+    examples = read_test(inputs["data"], params.max_examples)
+    engine = open_engine(inputs["model"], threads=ctx.threads, kind=params.runtime)
+    ctx.progress.start("answering test prompts", len(examples), "prompts")
+    try:
+        answers, tokens = answer(engine, examples, params.max_new_tokens, ctx)
+    finally:
+        ctx.progress.stop()
+        engine.close()
+    with (out / "predictions.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for example, given in zip(examples, answers, strict=True):
+            row = {
+                "id": example.id,
+                "prompt": example.text,
+                "gold": example.answer,
+                "answer": given.text if given else "",
+                "finished": given.finished if given else False,
+                "tokens": len(given.tokens) if given else 0,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    too_long = sum(given is None for given in answers)
+    cut = sum(given is not None and not given.finished for given in answers)
+    if too_long:
+        ctx.progress.log(f"{too_long} test prompts do not fit the context of the model and count as wrong")
+    if cut:
+        ctx.progress.log(f"{cut} answers were cut after {params.max_new_tokens} tokens")
+    return {
+        "examples": len(examples),
+        "too_long": too_long,
+        "unfinished": cut,
+        "prompt_tokens": sum(tokens),
+        "new_tokens": sum(len(given.tokens) for given in answers if given),
+    }
+
+
+def answer(
+    engine: Engine, examples: list[Example], max_new_tokens: int, ctx: Context
+) -> tuple[list[Generation | None], list[int]]:
+    """Greedy answers, None where the prompt leaves no room, and the length of every prompt in tokens."""
+    prompts = [engine.encode(e.prompt_messages()) for e in examples]
+    fits = [i for i, p in enumerate(prompts) if len(p) < engine.context_length]
+    done = engine.generate([prompts[i] for i in fits], Sampling(max_new_tokens=max_new_tokens), ctx.progress.advance)
+    by_index = dict(zip(fits, done, strict=True))
+    return [by_index.get(i) for i in range(len(examples))], [len(p) for p in prompts]
+
+
+def read_test(data: Path, limit: int | None) -> list[Example]:
+    """The test examples that have gold answers, at most `limit`, in the order of the file.
+
+    Raises:
+        DataError: the split is missing or empty, or an example has no gold answer.
+    """
+    path = data / "test.jsonl"
+    if not path.is_file():
+        raise DataError("the dataset has no test split", "set data.splits.test", file=str(path))
+    examples = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            example = Example.from_json(json.loads(line))
+            if example.answer is None:
+                raise DataError(
+                    "a test example has no answer", "test data need gold answers", file=str(path), line=number
+                )
+            examples.append(example)
+    if not examples:
+        raise DataError("the test split is empty", "give test data or a larger data.splits.test", file=str(path))
+    if limit is not None and limit < len(examples):
+        kept = sorted(range(len(examples)), key=lambda i: (examples[i].id, i))[:limit]
+        examples = [examples[i] for i in sorted(kept)]
+    return examples

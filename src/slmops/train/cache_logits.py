@@ -1,0 +1,275 @@
+"""The teacher's next-token distributions at every answer token, drawn once and kept small.
+
+`sampled` (arXiv 2503.16870): at each position `samples` tokens are drawn with replacement from the teacher's
+distribution p = softmax(z / temperature); the file keeps which tokens came and how often. With counts c and n draws,
+sum(c / n * f) is an unbiased estimate of sum(p * f) for any f, so the cross-entropy of the student against it has the
+full distribution's gradient on average. A plain top-k list has not: it forgets the tail.
+
+`top_k`: the `samples` most likely tokens with their probabilities; what is missing to 1 is the tail, which
+`train.logits` treats as one more outcome.
+
+Positions: for each example, in the order of `index.json`, every answer token and the end token. The file says which
+teacher, tokenizer and examples it belongs to; `train.logits` refuses anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slmops.core.digest import digest_file, digest_json
+from slmops.core.method import Context, Declaration, Facts
+from slmops.core.method import Params as Base
+from slmops.core.spec import Positive
+from slmops.errors import MissingExtraError, TrainingError
+from slmops.train.sft import PACKAGES, check_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from slmops.train.encode import Encoded
+
+BATCH = 64
+SHARD = 32  # batches between two saved pieces: what a kill can cost
+
+DECLARATION = Declaration(
+    name="train.cache_logits",
+    version="1",
+    makes="logits",
+    takes={"teacher": "model", "data": "dataset", "synthetic?": "dataset", "tokenizer?": "tokenizer"},
+    extra="train",
+    packages=PACKAGES,
+    threads=True,
+)
+
+
+class Params(Base):
+    """What is kept.
+
+    Attributes:
+        files: `input/file` of the examples, the same as the student will train on.
+        samples: draws per position, or k.
+        selection: see the module.
+        temperature: of the teacher's distribution; the student must use the same.
+        max_length: tokens an example may have; default: the teacher's context.
+    """
+
+    files: tuple[str, ...]
+    samples: Positive = 12
+    selection: Literal["sampled", "top_k"] = "sampled"
+    temperature: float = 1.0
+    max_length: Positive | None = None
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of a teacher: its configuration, weights and tokenizer files."""
+    names = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja", ".model")]
+    return digest_json({p.name: digest_file(p) for p in names if p.name != "training.json"})
+
+
+def draw(
+    logits: torch.Tensor, samples: int, selection: str, temperature: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sparse forms of distributions.
+
+    Args:
+        logits: (P, vocabulary) float32.
+
+    Returns:
+        counts (P,) int64: entries of each position; ids (N,) int64, ascending in each position for `sampled`, most
+        likely first for `top_k`; weights (N,) float32: how often it came, or its probability; entropy (P,) float32 of
+        what is kept: of the full distribution (`sampled`), of the k + 1 outcomes (`top_k`).
+    """
+    import torch
+
+    logp = torch.log_softmax(logits / temperature, -1)
+    p = logp.exp()
+    positions, vocabulary = p.shape
+    if selection == "top_k":
+        values, ids = p.topk(min(samples, vocabulary), -1)
+        values = values.half().float()  # as they will be stored
+        tail = (1 - values.double().sum(-1)).clamp_min(0)
+        entropy = -(torch.special.xlogy(values.double(), values.double()).sum(-1) + torch.special.xlogy(tail, tail))
+        counts = torch.full((positions,), ids.shape[1])
+        return counts, ids.flatten(), values.flatten(), entropy.float()
+    drawn = torch.multinomial(p, samples, replacement=True, generator=generator)
+    keys = drawn + torch.arange(positions)[:, None] * vocabulary
+    unique, often = torch.unique(keys, return_counts=True)
+    counts = torch.bincount(unique // vocabulary, minlength=positions)
+    return counts, unique % vocabulary, often.float(), -(p * logp).sum(-1)
+
+
+def teacher_pass(network: Any, data: Encoded, params: Params, ctx: Context) -> dict[str, torch.Tensor]:
+    """One forward pass over all examples, in pieces that survive a kill.
+
+    Returns:
+        `counts`, `ids`, `weights`, `entropy` as in `draw`, and per position `nll` (of the answer token, temperature 1)
+        and `hit` (1.0 where the answer token is the most likely), examples in order.
+    """
+    import numpy as np
+    import torch
+
+    from slmops.train.batches import collate
+    from slmops.train.checkpoint import write
+    from slmops.train.loop import deterministic
+
+    order = np.argsort(data.lengths, kind="stable")
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    mark = digest_json([data.digest(), params.model_dump(mode="json"), ctx.seed, ctx.threads, torch.__version__])
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    ctx.scratch.mkdir(parents=True, exist_ok=True)
+    ctx.progress.start("teacher's distributions", len(order), "examples")
+    with deterministic(ctx.threads), torch.no_grad():
+        for first in range(0, len(batches), SHARD):
+            path = ctx.scratch / f"logits-{mark[7:23]}-{first}.pt"
+            if path.exists():
+                piece = torch.load(path, weights_only=True)
+                ctx.progress.advance(sum(len(b) for b in batches[first : first + SHARD]))
+            else:
+                piece = {}
+                for number, batch in enumerate(batches[first : first + SHARD], first):
+                    part = collate(data, batch, 0.0, "bucket")
+                    logits = network.logits(network.weights, part)
+                    generator = torch.Generator().manual_seed((ctx.seed * 1_000_003 + number) % (1 << 62))
+                    counts, ids, weights, entropy = draw(
+                        logits, params.samples, params.selection, params.temperature, generator
+                    )
+                    nll = torch.nn.functional.cross_entropy(logits, part.targets, reduction="none")
+                    hit = (logits.argmax(-1) == part.targets).float()
+                    ends = torch.cumsum(counts, 0)
+                    at = 0
+                    for i in batch:
+                        n = int(data.answer_tokens[i])
+                        a, b = int(ends[at - 1]) if at else 0, int(ends[at + n - 1])
+                        rows = slice(at, at + n)
+                        piece[int(i)] = {
+                            "counts": counts[rows].clone(), "ids": ids[a:b].clone(), "weights": weights[a:b].clone(),
+                            "entropy": entropy[rows].clone(), "nll": nll[rows].clone(), "hit": hit[rows].clone(),
+                        }  # fmt: skip
+                        at += n
+                    ctx.progress.advance(len(batch))
+                write(path, piece)
+            found |= piece
+    ctx.progress.stop()
+    names = ("counts", "ids", "weights", "entropy", "nll", "hit")
+    return {n: torch.cat([found[i][n] for i in range(len(data.ids))]) for n in names}
+
+
+def overlap(teacher: Any, student: Any) -> float:
+    """Share of the student's vocabulary entries that the teacher has under the same id."""
+    theirs: dict[str, int] = teacher.get_vocab()
+    ours: dict[str, int] = student.get_vocab()
+    return sum(theirs.get(token) == i for token, i in ours.items()) / max(1, len(ours))
+
+
+def self_check(
+    data: Encoded, kept: dict[str, torch.Tensor], params: Params, vocabulary: int, share: float, size: int
+) -> Facts:
+    """Numbers that tell, before any time is spent, whether learning from this file makes sense.
+
+    Returns:
+        Loss scales in nats per answer token, likelihoods of whole gold answers, vocabulary overlap, bytes.
+    """
+    import math
+
+    import numpy as np
+
+    nll = kept["nll"].double().numpy()
+    ends = np.cumsum(data.answer_tokens)
+    per_answer = np.add.reduceat(nll, ends - data.answer_tokens)
+    gold = np.array([row.example.origin == "gold" for row in data.rows])
+    entropy = float(kept["entropy"].double().mean())
+    check: Facts = {
+        "examples": len(data.ids),
+        "positions": len(nll),
+        "entries_per_position": round(float(kept["counts"].double().mean()), 3),
+        "answer_cross_entropy": round(float(nll.mean()), 6),
+        "teacher_entropy": round(entropy, 6),
+        "untrained_cross_entropy": round(math.log(vocabulary), 6),
+        "untrained_kl": round(max(0.0, math.log(vocabulary) - entropy), 6),
+        "answer_token_is_top": round(float(kept["hit"].double().mean()), 6),
+        "gold_examples": int(gold.sum()),
+        "gold_answer_likelihood": round(float(np.exp(-per_answer[gold]).mean()), 6) if gold.any() else None,
+        "vocabulary_overlap": round(share, 6),
+        "bytes": size,
+    }
+    if params.selection == "top_k":
+        total = kept["weights"].double().sum() / len(nll)
+        check["tail_mass"] = round(max(0.0, 1 - float(total)), 6)
+    return check
+
+
+def say(check: Facts, ctx: Context) -> None:
+    """The self-check as lines to read."""
+    ctx.progress.log(
+        f"teacher on the answers: {check['answer_cross_entropy']:.3f} nats per token, entropy {check['teacher_entropy']:.3f}; an "
+        f"untrained student starts at cross-entropy {check['untrained_cross_entropy']:.2f}, KL {check['untrained_kl']:.2f}"
+    )
+    gold = check["gold_answer_likelihood"]
+    ctx.progress.log(
+        f"the answer's token is the teacher's first choice in {check['answer_token_is_top']:.1%} of positions; "
+        + (
+            f"mean likelihood of the {check['gold_examples']} gold answers {gold:.3f}"
+            if gold is not None
+            else "no gold answers"
+        )
+    )
+    ctx.progress.log(
+        f"vocabulary overlap {check['vocabulary_overlap']:.1%}; {check['positions']} positions, "
+        f"{check['entries_per_position']:.1f} tokens each, {check['bytes'] / 1e6:.2f} MB"
+    )
+    if check["answer_cross_entropy"] > 0.5 * check["untrained_cross_entropy"]:
+        ctx.progress.log("warning: the teacher hardly knows these answers: its distributions will teach little")
+
+
+def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
+    """Write distributions.safetensors, index.json and self_check.json.
+
+    Raises:
+        TrainingError: the student's tokenizer is not the teacher's.
+    """
+    try:
+        import torch
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise MissingExtraError("torch or safetensors", "train") from error
+    from slmops.train import encode, network
+
+    rows = encode.read(inputs, params.files)
+    check_rows(rows, params.files)
+    tokenizer = encode.load_tokenizer(inputs["teacher"])
+    mark = encode.tokenizer_digest(inputs["teacher"])
+    share = 1.0
+    if "tokenizer" in inputs:
+        share = overlap(tokenizer, encode.load_tokenizer(inputs["tokenizer"]))
+        if encode.tokenizer_digest(inputs["tokenizer"]) != mark:
+            raise TrainingError(
+                f"student and teacher have different tokenizers ({share:.1%} of the vocabulary agrees)",
+                "set student.tokenizer: teacher, or train.method: sequence",
+            )
+    net = network.Network(network.load(inputs["teacher"]))
+    context = network.context_of(net.model)
+    data = encode.encode(rows, tokenizer, min(context, params.max_length or context))
+    kept = teacher_pass(net, data, params, ctx)
+    small = torch.uint16 if net.vocabulary <= 1 << 16 else torch.uint32
+    counted = torch.uint8 if params.samples < 256 else torch.uint16
+    tensors = {
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(kept["counts"], 0)]),
+        "ids": kept["ids"].to(small),
+        "weights": kept["weights"].to(counted if params.selection == "sampled" else torch.float16),
+        "entropy": kept["entropy"],
+    }
+    save_file(tensors, out / "distributions.safetensors")
+    index: dict[str, Any] = {
+        "format": 1, "teacher": folder_digest(inputs["teacher"]), "tokenizer": mark, "vocabulary": net.vocabulary,
+        "selection": params.selection, "samples": params.samples, "temperature": params.temperature,
+        "examples": [encode.answer_digest(row) for row in data.rows], "positions": data.answer_tokens.tolist(),
+    }  # fmt: skip
+    (out / "index.json").write_text(json.dumps(index, sort_keys=True) + "\n", "utf-8")
+    size = (out / "distributions.safetensors").stat().st_size
+    check = self_check(data, kept, params, net.vocabulary, share, size)
+    (out / "self_check.json").write_text(json.dumps(check, sort_keys=True, indent=1) + "\n", "utf-8")
+    say(check, ctx)
+    return check

@@ -1,0 +1,266 @@
+"""A causal language model as a function of its weights: built, loaded, run and saved.
+
+It promises the logits of the Hugging Face model (checked once on random tokens when a `Network` is made), only faster:
+for Llama and Qwen3 the forward pass is written out here, so that nothing is computed that the loss does not need. The
+output matrix, and in the last layer everything after the attention, run only at the positions that carry loss.
+Any other architecture goes through its own code, with the output matrix at those positions alone where that is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slmops.core.spec import Architecture
+from slmops.errors import ModelError
+from slmops.train.batches import Part
+from slmops.train.encode import TOKENIZER_FILES
+from slmops.train.estimate import ffn_width
+
+if TYPE_CHECKING:
+    import torch
+
+    Weights = Mapping[str, torch.Tensor]
+
+TOLERANCE = 2e-4
+
+
+def build(architecture: Architecture, tokenizer: Any, seed: int) -> Any:
+    """A float32 Hugging Face model with random weights that depend on `seed` alone."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": architecture.hidden,
+        "intermediate_size": ffn_width(architecture),
+        "num_hidden_layers": architecture.layers,
+        "num_attention_heads": architecture.heads,
+        "num_key_value_heads": architecture.kv_heads or architecture.heads,
+        "head_dim": architecture.hidden // architecture.heads,
+        "max_position_embeddings": architecture.context,
+        "tie_word_embeddings": architecture.tie_embeddings,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any
+        if architecture.type == "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**common))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**common))
+    return model.float()
+
+
+def load(folder: Path) -> Any:
+    """A Hugging Face model from a folder, float32.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder}: the model cannot be loaded: {str(error).splitlines()[0]}",
+            "the folder needs config.json and model.safetensors of a causal language model",
+        ) from error
+
+
+def context_of(model: Any) -> int:
+    """Tokens that the model can see."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or 2048)
+
+
+def save(model: Any, tokenizer_folder: Path, out: Path) -> None:
+    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files, unchanged."""
+    import shutil
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(out)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_folder / name).exists():
+            shutil.copyfile(tokenizer_folder / name, out / name)
+
+
+def precision_for(wanted: str, parameters: int, device: str) -> str:
+    """`bf16` or `fp32`. `auto` takes bf16 above 8 M parameters where the machine multiplies it in hardware."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if parameters <= 8_000_000:
+        return "fp32"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+class Network:
+    """A model with its weights by name (tied ones once).
+
+    Attributes:
+        model: the Hugging Face model; its parameters are the values of `weights`.
+        weights: parameter name to tensor.
+        matrices: names of the weights that 4-bit conversion rounds: all Linear layers and the token embedding.
+        path: `fast`, `head` or `whole`: how logits are computed.
+    """
+
+    def __init__(self, model: Any, device: str = "cpu", bf16: bool = False) -> None:
+        import torch
+
+        self.model = model.to(device)
+        self.device = device
+        self.bf16 = bf16
+        self.weights: dict[str, torch.Tensor] = dict(model.named_parameters())
+        self.prefix = model.base_model_prefix + "."
+        embedding = model.get_input_embeddings()
+        self.matrices = tuple(
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if (isinstance(module, torch.nn.Linear) or module is embedding) and f"{name}.weight" in self.weights
+        )
+        names = {id(p): n for n, p in self.weights.items()}
+        self.embedding = names[id(embedding.weight)]
+        head = model.get_output_embeddings()
+        self.head = names[id(head.weight)]
+        self.head_bias = names.get(id(head.bias)) if getattr(head, "bias", None) is not None else None
+        self.vocabulary = int(head.weight.shape[0])
+        self.parameters = sum(p.numel() for p in self.weights.values())
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.path = self._choose()
+
+    def _choose(self) -> str:
+        """The quickest way to the logits that agrees with the model itself."""
+        import torch
+
+        config, bf16 = self.model.config, self.bf16
+        rope = getattr(config, "rope_parameters", None) or {}
+        plain = config.model_type in ("llama", "qwen3") and rope.get("rope_type", "default") in ("default", "llama3")
+        plain = plain and config.hidden_act == "silu" and not getattr(config, "use_sliding_window", False)
+        ids = torch.arange(14, device=self.device).reshape(2, 7) * 37 % self.vocabulary
+        part = Part(ids, None, None, torch.arange(14, device=self.device), ids[0], ids[0], ids[0], ids[0], 14)
+        self.model.eval()
+        self.bf16 = False
+        with torch.no_grad():
+            wanted = self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            for path in ("fast", "head") if plain else ("head",):
+                self.path = path
+                got = self.logits(self.weights, part)
+                if torch.allclose(got, wanted, atol=TOLERANCE * max(1.0, float(wanted.abs().max())), rtol=1e-3):
+                    break
+            else:
+                self.path = "whole"
+        self.bf16 = bf16
+        return self.path
+
+    def logits(self, weights: Weights, part: Part, dropout: float = 0.0) -> torch.Tensor:
+        """(P, vocabulary) float32 logits at `part.where`. `weights` stand in for the model's own."""
+        hidden = self.hidden(weights, part, dropout)
+        return hidden.float() if self.path == "whole" else self.project(weights, hidden)
+
+    def project(self, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """(P, hidden) to (P, vocabulary) float32. In path `whole` the hidden states are logits already."""
+        import torch
+
+        if self.path == "whole":
+            return hidden.float()
+        head, bias = weights[self.head], weights[self.head_bias] if self.head_bias else None
+        if self.bf16:
+            hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
+            bias = bias.to(torch.bfloat16) if bias is not None else None
+        return torch.nn.functional.linear(hidden, head, bias).float()
+
+    def hidden(self, weights: Weights, part: Part, dropout: float = 0.0) -> torch.Tensor:
+        """(P, hidden) final hidden states at `part.where`, after the last norm."""
+        import torch
+
+        if self.path == "fast":
+            return self._fast(weights, part, dropout)
+        options: dict[str, Any] = {"input_ids": part.ids, "use_cache": False}
+        if part.mask is not None:
+            options |= {"attention_mask": part.mask, "position_ids": part.positions}
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            if self.path == "whole":
+                out = torch.func.functional_call(self.model, dict(weights), (), options).logits
+            else:
+                cut = len(self.prefix)
+                own = {n[cut:]: w for n, w in weights.items() if n.startswith(self.prefix)}
+                out = torch.func.functional_call(self.model.base_model, own, (), options).last_hidden_state
+        chosen: torch.Tensor = out.flatten(0, 1)[part.where]
+        return chosen
+
+    def _rotary(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the half angles: (T, d/2), or (B, 1, T, d/2) where positions are given."""
+        import torch
+
+        width = part.ids.shape[1]
+        if self._angles is None or self._angles[0].shape[0] < width:
+            size = max(64, 1 << (width - 1).bit_length())
+            probe = torch.zeros(1, device=self.device)
+            with torch.no_grad():
+                cos, sin = self.model.base_model.rotary_emb(probe, torch.arange(size, device=self.device)[None])
+            half = cos.shape[-1] // 2
+            self._angles = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        cos, sin = self._angles
+        if part.positions is None:
+            return cos[:width], sin[:width]
+        return cos[part.positions][:, None], sin[part.positions][:, None]
+
+    def _fast(self, weights: Weights, part: Part, dropout: float) -> torch.Tensor:
+        """Llama and Qwen3, written out. Residual stream and norms in float32, products in bf16 if asked."""
+        import torch
+        from torch.nn import functional as F
+
+        config = self.model.config
+        low = torch.bfloat16 if self.bf16 else torch.float32
+        epsilon, heads = config.rms_norm_eps, config.num_attention_heads
+        groups = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        rows, width = part.ids.shape
+        cos, sin = self._rotary(part)
+
+        def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+            bias = weights.get(f"{name}.bias")
+            return F.linear(x, weights[f"{name}.weight"].to(low), bias.to(low) if bias is not None else None)
+
+        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+            return F.rms_norm(x.float(), (x.shape[-1],), weights[f"{name}.weight"], epsilon)
+
+        def rotate(x: torch.Tensor) -> torch.Tensor:
+            a, b = x.float().chunk(2, -1)
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(low)
+
+        x = F.dropout(F.embedding(part.ids, weights[self.embedding]), dropout)
+        for layer in range(config.num_hidden_layers):
+            here = f"{self.prefix}layers.{layer}."
+            h = norm(x, here + "input_layernorm").to(low)
+            q = linear(h, here + "self_attn.q_proj").view(rows, width, heads, size)
+            k = linear(h, here + "self_attn.k_proj").view(rows, width, groups, size)
+            v = linear(h, here + "self_attn.v_proj").view(rows, width, groups, size)
+            if f"{here}self_attn.q_norm.weight" in weights:
+                q, k = norm(q, here + "self_attn.q_norm"), norm(k, here + "self_attn.k_norm")
+            attended = F.scaled_dot_product_attention(
+                rotate(q.transpose(1, 2)), rotate(k.transpose(1, 2)), v.transpose(1, 2),
+                attn_mask=part.mask, is_causal=part.mask is None, enable_gqa=groups != heads,
+            )  # fmt: skip
+            attended = attended.transpose(1, 2).reshape(rows, width, heads * size)
+            if layer == config.num_hidden_layers - 1:
+                attended, x = attended.flatten(0, 1)[part.where], x.flatten(0, 1)[part.where]
+            x = x + F.dropout(linear(attended, here + "self_attn.o_proj").float(), dropout)
+            h = norm(x, here + "post_attention_layernorm").to(low)
+            h = F.silu(linear(h, here + "mlp.gate_proj")) * linear(h, here + "mlp.up_proj")
+            x = x + F.dropout(linear(h, here + "mlp.down_proj").float(), dropout)
+        return norm(x, self.prefix + "norm")
