@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
-CLEAN_ENV := HF_HUB_OFFLINE=1
+
 
 .PHONY: demo test check bench docs lint clean
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ demo: $(VENV)/.run
 	    "please move my delivery to friday, no need to cancel" \
 	    "what's the capital of france?"
 	@echo
-	@echo "the report: $(DEMO)/outputs/$(DEMO)/report.html"
+	@echo "the report: $(DEMO)/outputs/$(notdir $(DEMO))/report.html"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks examples docs

@@ -88,7 +88,7 @@ def load(folder: Path) -> Manifest:
         IntegrityError: a manifest that this version cannot read.
     """
     value = read_json(folder / NAME)
-    if value is None:
+    if not isinstance(value, dict):
         raise UsageError(
             f"{folder} is not a bundle (no readable {NAME})", "`slmops run` writes one to outputs/NAME/bundle"
         )

@@ -31,7 +31,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do the action."""
-    from slmops.flow.planner import plan
     from slmops.flow.state import State
     from slmops.store.files import exclusive, read_json
 
@@ -76,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
             for digest in damaged:
                 say(f"forgotten: {digest[7:19]}")
             return 0
-        keep = state.needed([State(other).survey(plan(other.spec)) for other in _siblings(project)])
+        keep = state.needed([State(other).survey(other.plan()) for other in _siblings(project)])
         unneeded = [digest for digest in store.digests() if digest not in keep]
         if options.dry_run:
             print("\n".join(digest[7:19] for digest in unneeded) or "nothing to remove")

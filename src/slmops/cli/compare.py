@@ -38,7 +38,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _predictions(options: argparse.Namespace, name: str) -> Path:
-    from slmops.flow.planner import plan
     from slmops.flow.project import load
     from slmops.flow.state import State
 
@@ -50,7 +49,7 @@ def _predictions(options: argparse.Namespace, name: str) -> Path:
     file, colon, variant = name.rpartition(":")
     project = load(Path(file)) if colon else open_project(options)
     state = State(project)
-    survey = state.survey(plan(project.spec))
+    survey = state.survey(project.plan())
     found = {s.step.id.removeprefix("predict-"): s for s in survey if s.step.id.startswith("predict-")}
     if variant not in found:
         raise UsageError(f"there is no variant {variant}", f"variants: {', '.join(found)}; or give a predictions.jsonl")

@@ -67,16 +67,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SlmopsError as error:
         if options.debug:
             raise
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return _tell(error)
     except KeyboardInterrupt:
         print("\nstopped; finished steps are kept, run again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        return _tell(_foreign(error))
+
+
+def _tell(error: SlmopsError) -> int:
+    """Print an error; returns its exit code."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def _foreign(error: Exception) -> SlmopsError:
+    """An error that no layer knew: the disk or a permission, or a defect of slmops."""
+    if isinstance(error, OSError) and error.filename is not None:
+        from pathlib import Path
+
+        from slmops.store.files import disk_error
+
+        return disk_error(error, Path(os.fsdecode(error.filename)))
+    return SlmopsError(
+        f"unexpected error: {type(error).__name__}: {error}",
+        "this is a defect of slmops: please report it with the trace that `slmops --debug …` prints; finished steps are kept",
+    )
 
 
 def entry() -> None:

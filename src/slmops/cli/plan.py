@@ -18,12 +18,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     from slmops.flow.estimate import Cost, estimate, total
-    from slmops.flow.planner import plan
     from slmops.flow.state import State
 
     project = open_project(options)
     state = State(project)
-    survey = state.survey(plan(project.spec))
+    survey = state.survey(project.plan())
     costs = {status.step.id: estimate(state, status, survey) for status in survey}
     todo = [status for status in survey if status.state == "run"]
     cost: Cost = total([costs[status.step.id] for status in todo])

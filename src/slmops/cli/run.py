@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,21 +40,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the plan and print the verdict."""
     from slmops.flow.estimate import estimate, total
-    from slmops.flow.planner import plan
     from slmops.flow.runner import Options, Result, export, preflight, selected
     from slmops.flow.state import State
     from slmops.store.files import read_json
 
     begin = time.monotonic()
     project = open_project(options)
-    if options.budget is not None and options.budget < 0:
-        raise UsageError("--budget must not be negative", "give the most money to spend, for instance --budget 5")
+    if options.budget is not None and not 0 <= options.budget < math.inf:
+        raise UsageError(
+            f"--budget {options.budget:g} is not an amount", "give the most money to spend, for instance --budget 5"
+        )
+    if options.jobs < 0:
+        raise UsageError("--jobs must not be negative", "0, the default, means as many as the cores allow")
     state = State(project)
-    steps = plan(project.spec)
+    steps = project.plan()
     names = [step.id for step in steps]
     for name in options.steps:
         if name not in names:
-            raise UsageError(f"there is no step {name}", f"steps: {', '.join(names)}")
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"steps: {', '.join(names)}"
+            raise UsageError(f"there is no step {name}", hint)
     steps = tuple(selected(steps, options.steps))
     survey = state.survey(steps)
     todo = [status for status in survey if status.state == "run"]
@@ -67,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         cost = total([estimate(state, status, survey) for status in todo])
         preflight(state, survey, int(cost.disk_bytes), options.budget)
-        result = _run(state, steps, Options(options.strict, options.budget, max(options.jobs, 0)))
+        result = _run(state, steps, Options(options.strict, options.budget, options.jobs))
         made = export(state, result)
         say(
             f"\n{len(result.ran)} steps run, {len(survey) - len(result.ran)} cached, {seconds(time.monotonic() - begin)}"

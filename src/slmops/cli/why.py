@@ -22,12 +22,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the reasons; for a step that waits, also the reasons of what it waits for."""
-    from slmops.flow.planner import plan
     from slmops.flow.runner import selected
     from slmops.flow.state import State
 
     project = open_project(options)
-    steps = plan(project.spec)
+    steps = project.plan()
     names = [step.id for step in steps]
     if options.step is not None and options.step not in names:
         close = difflib.get_close_matches(options.step, names, n=1)

@@ -11,11 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -81,6 +77,8 @@ def supported(config: Mapping[str, Any]) -> None:
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
     """Convert `inputs["model"]` into `out` and check it on validation prompts of `inputs["data"]`."""
+    import tempfile
+
     from slmops.engines import detect, open_engine, read_json
 
     source = inputs["model"]
@@ -154,8 +152,10 @@ def build(source: Path, work: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.StringIO]:
-    """Catch what the builder prints and logs, and take back what it does to the import path."""
-    path, level = list(sys.path), logging.root.manager.disable
+    """Catch what the builder prints and logs; switch off its progress bars."""
+    import logging
+
+    level = logging.root.manager.disable
     bars = os.environ.get("TQDM_DISABLE")
     said = io.StringIO()
     logging.disable(logging.WARNING)
@@ -165,7 +165,6 @@ def _quiet() -> Iterator[io.StringIO]:
             yield said
     finally:
         logging.disable(level)
-        sys.path[:] = path + [p for p in sys.path if p not in path]
         if bars is None:
             del os.environ["TQDM_DISABLE"]
         else:
@@ -174,6 +173,8 @@ def _quiet() -> Iterator[io.StringIO]:
 
 def write(source: Path, work: Path, out: Path, params: Params) -> Facts:
     """Rewrite the builder's graph into `out`, with its settings and the tokenizer of the source."""
+    import shutil
+
     import onnx
 
     from slmops.convert.onnx_graph import rewrite

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,14 +14,13 @@ from slmops.core.spec import Evaluate, Metric, Task
 from slmops.errors import DataError
 from slmops.evaluate import metrics as m
 from slmops.evaluate import statistics as s
+from slmops.evaluate.background import confusions, data_summary, shortened, synthesis, training
 from slmops.evaluate.gates import judge_gates, summary
 from slmops.evaluate.inputs import Material, Prediction
 from slmops.evaluate.words import count, percent, points
 
 WRONG_SHOWN = 20
-CONFUSIONS_SHOWN = 12
 FIELDS_SHOWN = 40
-DROPS_SHOWN = 3
 SAME_RUNTIME = "ONNX Runtime GenAI"
 
 
@@ -150,11 +148,11 @@ class _Assessment:
             variants=variants,
             comparisons=comparisons,
             no_teacher_baseline=r.NoTeacher(few=self.baseline("few"), all=self.baseline("all")),
-            data=self.data(),
-            synthesis=self.synthesis(),
+            data=data_summary(self.material.info),
+            synthesis=synthesis(self.material.synthesis),
             self_check=dict(self.material.self_check) if self.material.self_check else None,
-            training=self.training(),
-            confusions=self.confusions(),
+            training=training(self.material.training),
+            confusions=confusions(self.rows, self.teacher_rows) if self.task.type == "classification" else (),
             wrong=wrong,
             wrong_count=wrong_count,
             environment=self.environment(),
@@ -370,7 +368,7 @@ class _Assessment:
         variant = next((v for v in self.variants if v.startswith(f"{name}-")), None)
         if variant is None:
             return None
-        labels = self.data().counts.get({"few": "gold", "all": "oracle"}[name])
+        labels = data_summary(self.material.info).counts.get({"few": "gold", "all": "oracle"}[name])
         trained_on = f"{count(labels, 'gold label')} alone"
         if name == "all":
             trained_on = f"gold labels for all {count(labels, 'training example') if labels else 'training examples'}"
@@ -387,86 +385,24 @@ class _Assessment:
 
     # The rest
 
-    def data(self) -> r.DataSummary:
-        files, removed = _mapping(self.material.info.get("files")), _mapping(self.material.info.get("removed"))
-        return r.DataSummary(
-            counts={name: facts["examples"] for name, facts in files.items()},
-            labels=len(self.material.info.get("labels") or ()) or None,
-            removed={kind: facts["count"] for kind, facts in removed.items() if facts["count"]},
-        )
-
-    def synthesis(self) -> r.Synthesis | None:
-        stats = self.material.synthesis
-        if stats is None:
-            return None
-        dropped = [
-            r.Drop(
-                filter=name,
-                count=facts.get("dropped", 0),
-                examples=tuple(_drop(example) for example in facts.get("examples", ())[:DROPS_SHOWN]),
-            )
-            for name, facts in _mapping(stats.get("filters")).items()
-        ]
-        return r.Synthesis(seen=stats.get("seen"), kept=stats.get("kept"), dropped=tuple(dropped))
-
-    def training(self) -> tuple[r.Training, ...]:
-        order = {"teacher": 0, "student": 1, "few": 2, "all": 3}
-        return tuple(
-            r.Training(
-                name=name,
-                train=_curve(facts, "train_loss"),
-                validation=_curve(facts, "validation_loss"),
-                best_step=facts.get("best_step"),
-                facts={k: v for k, v in facts.items() if isinstance(v, str | int | float | bool)},
-            )
-            for name, facts in sorted(self.material.training.items(), key=lambda item: order.get(item[0], 9))
-        )
-
     @cached_property
-    def teacher(self) -> str | None:
+    def teacher_rows(self) -> tuple[Prediction, ...] | None:
         names = ("teacher-fp32", "teacher-torch", "teacher-endpoint")
-        return next((v for v in names if v in self.variants), None)
-
-    def confusions(self) -> tuple[r.Confusion, ...]:
-        if self.task.type != "classification":
-            return ()
-        teacher = self.material.predictions[self.teacher] if self.teacher else None
-        totals: Counter[str] = Counter(row.gold.strip() for row in self.rows)
-        missed: dict[str, Counter[str]] = {label: Counter() for label in totals}
-        teacher_hits: Counter[str] = Counter()
-        for i, row in enumerate(self.rows):
-            gold, answer = row.gold.strip(), row.answer.strip()
-            if answer != gold:
-                missed[gold][answer] += 1
-            if teacher is not None and teacher[i].answer.strip() == gold:
-                teacher_hits[gold] += 1
-        found = []
-        for label, wrong in missed.items():
-            if wrong:
-                answer, times = min(wrong.items(), key=lambda item: (-item[1], item[0]))
-                n = totals[label]
-                found.append(
-                    r.Confusion(
-                        label=label, n=n, recall=1 - wrong.total() / n,
-                        teacher_recall=teacher_hits[label] / n if teacher is not None else None,
-                        taken_for=_short(answer, 80), taken_count=times,
-                    )
-                )  # fmt: skip
-        return tuple(sorted(found, key=lambda c: (c.recall, c.label))[:CONFUSIONS_SHOWN])
+        return next((self.material.predictions[v] for v in names if v in self.variants), None)
 
     def wrong(self) -> tuple[tuple[r.Wrong, ...], int]:
         metric: Metric = "accuracy" if self.primary == "macro_f1" else self.primary
         score = self.score(self.shipped, metric)
         assert isinstance(score, s.RatioScore)
         lost = [i for i in range(self.n) if score.above[i] < score.below[i]]
-        teacher = self.material.predictions[self.teacher] if self.teacher else None
+        teacher = self.teacher_rows
         shown = sorted(lost, key=lambda i: self.rows[i].id)[:WRONG_SHOWN]
         return (
             tuple(
                 r.Wrong(
-                    id=self.rows[i].id, prompt=_short(self.rows[i].prompt, 600), gold=_short(self.rows[i].gold, 600),
-                    answer=_short(self.rows[i].answer, 600),
-                    teacher=_short(teacher[i].answer, 600) if teacher is not None else None,
+                    id=self.rows[i].id, prompt=shortened(self.rows[i].prompt, 600), gold=shortened(self.rows[i].gold, 600),
+                    answer=shortened(self.rows[i].answer, 600),
+                    teacher=shortened(teacher[i].answer, 600) if teacher is not None else None,
                 )
                 for i in shown
             ),
@@ -489,25 +425,6 @@ def _exact(value: float) -> r.Estimate:
 
 def _figure(estimate: r.Estimate, basis: str) -> r.Figure:
     return r.Figure(value=estimate.value, low=estimate.low, high=estimate.high, basis=basis)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _drop(example: Mapping[str, Any]) -> str:
-    why = ": ".join(str(example[key]) for key in ("reason", "detail") if example.get(key))
-    text = f"{_short(str(example.get('prompt', '')), 160)} → {_short(str(example.get('answer', '')), 100)}"
-    return f"{text} ({_short(why, 160)})" if why else text
-
-
-def _curve(facts: Mapping[str, Any], key: str) -> tuple[r.Point, ...]:
-    points_ = [(p["step"], p.get(key)) for p in facts.get("points", ())]
-    return tuple(r.Point(step=step, loss=loss) for step, loss in points_ if loss is not None and math.isfinite(loss))
 
 
 def _finding(name: str, finding: r.Finding, paired: s.Paired, trained_on: str) -> str:

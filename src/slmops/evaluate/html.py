@@ -28,6 +28,25 @@ UNDER_HEADLINE = {
 }
 
 
+FILES = {
+    "teacher": "gold for the teacher",
+    "gold": "gold for the student",
+    "pool": "without a label",
+    "oracle": "gold in all",
+}
+KINDS = {
+    "train_exact": "exact copies of evaluation data",
+    "train_near": "near copies of evaluation data",
+    "train_ngram": "sharing a long run of words with evaluation data",
+    "validation_exact": "validation examples that are copies of test data",
+    "validation_near": "validation examples that are near copies of test data",
+    "validation_ngram": "validation examples that share a long run of words with test data",
+    "duplicate": "copies of each other, merged",
+    "conflict": "of those with another answer",
+    "limit": "over data.max_examples",
+}
+
+
 def render_html(report: Json) -> str:
     """The page for a report (the parsed content of report.json).
 
@@ -40,7 +59,8 @@ def render_html(report: Json) -> str:
     )  # fmt: skip
     environment.filters |= {
         "percent": words.percent, "points": words.points, "ms": words.milliseconds, "size": words.size,
-        "p": words.probability, "title": words.title, "fact": _fact, "label": _label,
+        "p": words.probability, "title": words.title, "fact": _fact, "label": _label, "counted": _counted,
+        "plain": _plain,
     }  # fmt: skip
     environment.globals |= {
         "shown": words.shown,
@@ -48,6 +68,8 @@ def render_html(report: Json) -> str:
         "interval": words.interval,
         "steps": STEPS,
         "nouns": NOUNS,
+        "files": FILES,
+        "kinds": KINDS,
     }
     shipped = report["subject"]["variant"]
     variants = {v["name"]: v for v in report["variants"]}
@@ -69,6 +91,14 @@ def render_html(report: Json) -> str:
 
 def _label(name: str) -> str:
     return {"cpu": "CPU", "slmops": "slmops"}.get(name, name.replace("_", " ").capitalize())
+
+
+def _plain(facts: Json) -> Row:
+    return {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
+
+
+def _counted(counts: Mapping[str, int], names: Mapping[str, str]) -> str:
+    return ", ".join(f"{count:,} {names.get(name, name.replace('_', ' '))}" for name, count in counts.items())
 
 
 def _fact(value: Any) -> str:

@@ -11,13 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +55,8 @@ class Params(BaseParams):
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
     """Measure every variant on test prompts of `inputs["data"]`."""
+    import tempfile
+
     from slmops.engines import detect
 
     folders = {name: inputs.get(f"model.{name}") for name in params.variants}
@@ -162,6 +159,8 @@ def fresh(job: Mapping[str, Any], folder: Path, runtime: str, work: Path) -> dic
     Raises:
         ModelError: the process failed; its last words are in the message.
     """
+    import subprocess
+
     order, result = work / "job.json", work / "result.json"
     order.write_text(json.dumps({**job, "folder": str(folder), "runtime": runtime}), encoding="utf-8")
     result.unlink(missing_ok=True)
@@ -183,6 +182,8 @@ def fresh(job: Mapping[str, Any], folder: Path, runtime: str, work: Path) -> dic
 
 def summarise(rounds: Sequence[Mapping[str, Any]], kept: Sequence[int]) -> dict[str, Any]:
     """Rounds cut to the kept prompts, and per prompt the median over the rounds."""
+    import statistics
+
     cut = []
     for one in rounds:
         lists = {key: [one[key][i] for i in kept] for key in ("first_token_s", "total_s", "tokens")}
@@ -209,6 +210,8 @@ def sizes(folder: Path) -> dict[str, Any]:
 
 def describe_machine() -> dict[str, Any]:
     """What the numbers depend on: processor, cores, system, versions, load."""
+    import platform
+
     return {
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -221,6 +224,8 @@ def describe_machine() -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's name."""
+    import platform
+
     path = Path("/proc/cpuinfo")
     if path.is_file():
         for line in path.read_text().splitlines():
@@ -231,6 +236,8 @@ def processor() -> str:
 
 def installed(name: str) -> str:
     """The version of an installed distribution, or an empty text."""
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

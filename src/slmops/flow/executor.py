@@ -8,6 +8,8 @@ one step and not the run, memory goes back when a step ends, and several small s
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -22,6 +24,7 @@ from typing import Any, Protocol
 
 from slmops.core.method import Context, Facts, Progress
 from slmops.errors import SlmopsError, StepError
+from slmops.store.files import disk_error
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def perform(task: Task, progress: Progress) -> Facts:
             f"step {task.id} ran out of memory", "use a smaller batch_size or a larger accumulate"
         ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_error(error, task.out) from error
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise StepError(
             f"step {task.id} failed: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
@@ -121,9 +126,11 @@ class InlineExecutor:
 
 
 def _write_trace(task: Task, error: SlmopsError) -> None:
+    """Keep the trace for the user; where even that cannot be written the error itself must still come through."""
     if isinstance(error, StepError):
-        task.scratch.mkdir(parents=True, exist_ok=True)
-        (task.scratch / "error.log").write_text("".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError):
+            task.scratch.mkdir(parents=True, exist_ok=True)
+            (task.scratch / "error.log").write_text("".join(traceback.format_exception(error)))
 
 
 class _Remote:
@@ -202,6 +209,8 @@ class LocalExecutor:
     """
 
     def __init__(self, preload: tuple[str, ...] = ("torch", "transformers", "numpy")) -> None:
+        # Waiting threads sleep instead of spinning: on a machine that does other work too, spinning costs a multiple.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["slmops.flow.executor", *preload])
         self._running: dict[Connection, _Running] = {}

@@ -43,6 +43,8 @@ def check(spec: Spec) -> list[Problem]:
         problems.append(Problem(message, hint, path=path))
 
     teacher, student = spec.teacher, spec.student
+    if spec.data.path.strip() in ("", ".", "./"):
+        wrong("data.path", "names no data", "give a file, a folder of its own, or hf:ORG/NAME")
     if student.model is None and student.base is None:
         wrong("student", "is missing", "give student.model (an architecture) or student.base (an existing model)")
     if spec.train.method == "logits":
@@ -73,6 +75,9 @@ def check(spec: Spec) -> list[Problem]:
                 )
     if teacher is not None and teacher.model is not None and spec.data.teacher_share == 0:
         wrong("data.teacher_share", "is 0, so the teacher has nothing to learn from", "give for instance 0.5")
+    if _no_gold(spec) and (teacher is None or not (spec.synthesize.label_pool or generate is not None)):
+        wrong("data.gold", "is 0 and no teacher answers anything, so the student has nothing to learn from",
+              "give it gold labels, or set synthesize.label_pool")  # fmt: skip
     if teacher is None and any(g.metric in _NEEDS_TEACHER for g in spec.evaluate.gates):
         wrong("evaluate.gates", "compare with a teacher, but there is none", "add a teacher or take these gates out")
     has_label_metrics = any(g.metric in ("in_scope_accuracy", "out_of_scope_recall") for g in spec.evaluate.gates)
@@ -86,6 +91,10 @@ def check(spec: Spec) -> list[Problem]:
         if value.min_characters > value.max_characters:
             wrong(path, "is less than min_characters", "swap them")
     return problems
+
+
+def _no_gold(spec: Spec) -> bool:
+    return spec.data.gold.per_label == 0 or spec.data.gold.total == 0
 
 
 _NEEDS_TEACHER = ("accuracy_retained", "inference_time_reduction", "memory_reduction")
@@ -282,7 +291,8 @@ class _Builder:
             "few": "the student without the teacher, its gold only",
             "all": "the student without the teacher, all gold",
         }
-        for name in spec.evaluate.baselines if spec.teacher is not None else ():
+        baselines = [name for name in spec.evaluate.baselines if not (name == "few" and _no_gold(spec))]
+        for name in baselines if spec.teacher is not None else ():
             params = {"training": _json(training), "files": [gold[name]]} | common
             self.add(name, "train.sft", params, about[name], inputs, threads=threads)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,55 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
 
 from slmops.core.spec import Spec
+from slmops.core.step import Step
 from slmops.errors import Problem, SpecError, UsageError
 
 FILE_NAME = "slmops.yaml"
 PATH_KEYS = ("data.path", "teacher.base", "student.base")
+SEE = "mend the file and run the same command again; every key is explained in docs/reference/spec.md"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the keys of a project stand: in its file, or among the overrides of the command line."""
+
+    file: str
+    tree: Any
+    overrides: tuple[str, ...]
+
+    def find(self, problem: Problem) -> Problem:
+        """The problem with file and line; one that an override brought in says `--set` instead."""
+        given = [key for key in self.overrides if f"{problem.path}.".startswith(f"{key}.")]
+        if given:
+            return replace(problem, file="--set", line=None)
+        loc = tuple(int(part) if part.isdigit() else part for part in problem.path.split(".") if part)
+        return replace(problem, file=self.file, line=_line(self.tree, loc))
 
 
 @dataclass(frozen=True)
 class Project:
-    """A project: its file, the folder that the file stands in, and what it says."""
+    """A project: its file, the folder that the file stands in, what it says, and where it says it."""
 
     file: Path
     root: Path
     spec: Spec
+    places: Places | None = field(default=None, compare=False, repr=False)
+
+    def plan(self) -> tuple[Step, ...]:
+        """The steps of the project; see `slmops.flow.planner.plan`.
+
+        Raises:
+            SpecError: stages that do not fit each other, all of them at once, with their lines.
+        """
+        from slmops.flow.planner import check, plan
+
+        problems = check(self.spec)
+        if problems:
+            raise SpecError([self.places.find(problem) if self.places else problem for problem in problems], SEE)
+        return plan(self.spec)
 
     @property
     def state(self) -> Path:
@@ -66,39 +101,63 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Project:
     if not file.is_file():
         raise UsageError(f"there is no {file}", "make a project with `slmops init NAME`, or give its file with -f FILE")
     tree = _read(file)
-    for override in overrides:
-        _override(tree, override)
+    places = Places(file.name, tree, tuple(_override(tree, override) for override in overrides))
+    odd = list(_odd_values(tree))
+    if odd:
+        raise SpecError([places.find(problem) for problem in odd], SEE)
     try:
         spec = Spec.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise SpecError(
-            [_problem(detail, tree, file) for detail in _merged(error)], "see docs/reference/spec.md"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise SpecError([Problem(f"not a plain value: {error}", file=file.name)]) from None
-    return Project(file.resolve(), file.resolve().parent, spec)
+        raise SpecError([places.find(_problem(detail)) for detail in _merged(error)], SEE) from None
+    return Project(file.resolve(), file.resolve().parent, spec, places)
 
 
 def _read(file: Path) -> Any:
     reader = YAML(typ="rt")
+    content = file.read_bytes()
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-        tree = reader.load(text)
+        tree = reader.load(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise SpecError([Problem(f"not UTF-8 (byte {error.start})", "save the file as UTF-8", file.name)]) from None
+        line = content.count(b"\n", 0, error.start) + 1
+        problem = Problem(f"byte 0x{content[error.start]:02x} is not UTF-8", "save the file as UTF-8", file.name, line)
+        raise SpecError([problem], SEE) from None
+    except ReaderError as error:
+        line = content.decode("utf-8-sig").count("\n", 0, error.position) + 1
+        problem = Problem("a control character, which no YAML file may hold", "remove it", file.name, line)
+        raise SpecError([problem], SEE) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
         message = " ".join(str(error.problem or error.context or "not valid YAML").split())
         line = mark.line + 1 if mark else None
-        raise SpecError([Problem(message, "YAML 1.2; indent with spaces", file.name, line)]) from None
-    except YAMLError as error:
-        raise SpecError([Problem(str(error).splitlines()[0], "YAML 1.2", file.name)]) from None
+        raise SpecError([Problem(message, "YAML 1.2; indent with spaces", file.name, line)], SEE) from None
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        message = (str(error).splitlines() or ["not valid YAML"])[0]
+        raise SpecError([Problem(message, "YAML 1.2", file.name)], SEE) from None
     if not isinstance(tree, CommentedMap):
-        raise SpecError([Problem("the file is empty or not a mapping", "start with `name:`", file.name, 1)])
+        raise SpecError([Problem("the file is empty or not a mapping", "start with `name:`", file.name, 1)], SEE)
     return tree
 
 
-def _override(tree: Any, text: str) -> None:
+def _odd_values(node: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[Problem]:
+    """What YAML can say but a project file cannot: tags, dates, infinity, keys that are no words, circles."""
+    if isinstance(node, dict | list):
+        if id(node) in above:
+            yield Problem("refers to itself", "write the value out", path=path)
+            return
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            inner = f"{path}.{key}" if path else str(key)
+            if not isinstance(key, str | int):
+                yield Problem("a key that is not a word", "write it as key: value", path=path)
+            else:
+                yield from _odd_values(value, inner, (*above, id(node)))
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield Problem("must be a finite number", "leave the key out for its default", path=path)
+    elif not isinstance(node, str | int | float | bool | None):
+        yield Problem(f"not a plain value: {' '.join(str(node).split())[:60]}", "put it in quotes, without a tag", path=path)
+
+
+def _override(tree: Any, text: str) -> str:
+    """Put an override into the tree; returns its key."""
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -125,6 +184,7 @@ def _override(tree: Any, text: str) -> None:
         node[int(parts[-1])] = value
     else:
         node[parts[-1]] = value
+    return key.strip()
 
 
 def _merged(error: ValidationError) -> list[Any]:
@@ -146,10 +206,10 @@ def _is_branch(part: Any) -> bool:
     return part in names or part.startswith(("tuple[", "literal[", "function-", "float-"))
 
 
-def _problem(detail: Any, tree: Any, file: Path) -> Problem:
+def _problem(detail: Any) -> Problem:
+    """What pydantic found, in our words; its place is for `Places.find` to add."""
     loc = detail["loc"]
     path = ".".join(str(part) for part in loc)
-    line = _line(tree, loc)
     kind, message = detail["type"], detail["msg"]
     value = detail.get("input")
     hint = ""
@@ -171,7 +231,7 @@ def _problem(detail: Any, tree: Any, file: Path) -> Problem:
         message = message.removeprefix("Input ").replace("should be", "must be").replace("should have", "must have")
         message = f"{message} (given: {_shown(value)})"
         hint = _hint_of(loc)
-    return Problem(message, hint, file.name, line, path)
+    return Problem(message, hint, path=path)
 
 
 def _shown(value: Any) -> str:

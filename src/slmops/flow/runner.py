@@ -188,8 +188,9 @@ class _Run:
         step = status.step
         assert status.key is not None and status.parts is not None
         declaration = methods.get(step.method).DECLARATION
-        ledger = (ended.facts or {}).get("teacher") or {}
-        self.spent += float(ledger.get("cost", 0.0)) + float(ledger.get("unsure", 0.0))
+        ledger = (ended.facts or {}).get("teacher")
+        if isinstance(ledger, dict):
+            self.spent += float(ledger.get("cost", 0.0)) + float(ledger.get("unsure", 0.0))
         artifact = self.state.store.put(ended.task.out, declaration.makes)
         record = {
             "step": step.id,

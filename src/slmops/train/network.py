@@ -41,6 +41,8 @@ def build(architecture: Architecture, tokenizer: Any, seed: int) -> Any:
         "head_dim": architecture.hidden // architecture.heads,
         "max_position_embeddings": architecture.context,
         "tie_word_embeddings": architecture.tie_embeddings,
+        # Unit-variance logits at the start. The usual 0.02 suits widths of thousands: at 128 it learns several times slower.
+        "initializer_range": architecture.hidden**-0.5,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,

@@ -1,0 +1,65 @@
+"""Tiny random models of real architectures, with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.engines.minimal import END, VOCABULARY, _write_tokenizer
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    import torch
+    import transformers
+
+    def make(architecture: str = "Llama", **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        _write_tokenizer(folder)
+        settings: dict[str, Any] = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": END,
+            "pad_token_id": 0,
+        } | changes
+        config = getattr(transformers, f"{architecture}Config")(**settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    torch.nn.init.normal_(parameter, std=0.15)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_model: MakeModel) -> Path:
+    return make_model("Llama")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("validation", "test"):
+        rows = []
+        for i in range(12):
+            user = {"role": "user", "content": f"{split} {i}: where is it?"}
+            rows.append({"messages": [user, {"role": "assistant", "content": "here"}]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slmops.convert import onnx_genai
+from slmops.convert.onnx_genai import Params, choose, supported
+from slmops.convert.rounding import round_matrix
+from slmops.core.digest import digest_file
+from slmops.core.method import Context
+from slmops.engines import open_engine
+from slmops.errors import ConversionError
+
+
+def convert(model: Path, data: Path, out: Path, **params: object) -> dict[str, object]:
+    out.mkdir(parents=True)
+    context = Context(seed=0, scratch=out.parent, shared=out.parent)
+    return onnx_genai.run(Params(fidelity_prompts=6, **params), {"model": model, "data": data}, out, context)
+
+
+@pytest.fixture(scope="module")
+def fp32(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "fp32"
+    convert(llama, data, out, precision="fp32")
+    return out
+
+
+@pytest.mark.slow
+def test_fp32_is_the_model_that_torch_runs(fp32: Path) -> None:
+    fidelity = json.loads((fp32 / "fidelity.json").read_text())
+    assert fidelity["token_agreement"] == 1.0 and fidelity["template_equal"] == 1.0
+    assert fidelity["mean_kl"] < 1e-8 and fidelity["max_logit_difference"] < 1e-3
+    assert fidelity["positions"] > 20 and fidelity["first_divergence"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [1, onnx_genai.ACCURACY_LEVEL], ids=["float activations", "as shipped"])
+@pytest.mark.parametrize(("precision", "block"), [("int4", 16), ("int4", 32), ("int4", 128), ("int8", 32)])
+def test_rounded_model_is_torch_with_rounded_weights(
+    llama: Path, data: Path, tmp_path: Path, precision: str, block: int, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch with every matrix rounded by the written rule gives the logits of the converted model."""
+    import torch
+
+    monkeypatch.setattr(onnx_genai, "ACCURACY_LEVEL", level)
+    facts = convert(llama, data, tmp_path / "out", precision=precision, block_size=block, rounding="plain")
+    assert not facts["kept_fp32"], "every product and the embedding must be rounded"
+    reference = open_engine(llama, kind="torch")
+    model = reference.model  # type: ignore[attr-defined]
+    bits = 4 if precision == "int4" else 8
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.from_numpy(round_matrix(parameter.numpy(), bits, block).values()))
+    converted = open_engine(tmp_path / "out")
+    ids = converted.encode([{"role": "user", "content": "is this the same?"}])
+    a, b = reference.logits(ids), converted.logits(ids)
+    if level == 1:
+        assert np.abs(a - b).max() < 1e-4
+    else:
+        assert np.sqrt(np.square(a - b).mean()) < 0.05 * a.std(), "activations of 8 bits move logits a little"
+
+
+@pytest.mark.slow
+def test_small_files(llama: Path, fp32: Path, data: Path, tmp_path: Path) -> None:
+    convert(llama, data, tmp_path / "int4", precision="int4")
+    weights = sum(p.numel() for p in open_engine(llama, kind="torch").model.parameters())  # type: ignore[attr-defined]
+    size = sum(f.stat().st_size for f in (tmp_path / "int4").glob("model.onnx*"))
+    assert size < weights * 4.5 / 8 + 12_000, "4 bits and half a bit of scale per weight, and a small graph"
+    assert sum(f.stat().st_size for f in fp32.glob("model.onnx*")) < weights * 4 + 12_000
+
+
+@pytest.mark.slow
+def test_two_conversions_give_the_same_bytes(llama: Path, data: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "another place" / "model"
+    shutil.copytree(llama, moved)
+    convert(llama, data, tmp_path / "a", precision="int4")
+    convert(moved, data, tmp_path / "b" / "deeper", precision="int4")
+    first = {f.name: digest_file(f) for f in (tmp_path / "a").iterdir()}
+    second = {f.name: digest_file(f) for f in (tmp_path / "b" / "deeper").iterdir()}
+    assert first == second
+    assert not any(b"another place" in f.read_bytes() for f in (tmp_path / "b" / "deeper").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Llama", {"tie_word_embeddings": False}),
+        ("Qwen3", {"head_dim": 16}),
+        ("Qwen2", {}),
+        ("Mistral", {"sliding_window": None, "head_dim": 16}),
+        ("Phi3", {"original_max_position_embeddings": 64, "tie_word_embeddings": False}),
+    ],
+)
+def test_architectures(
+    architecture: str, changes: dict[str, object], make_model: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    model = make_model(architecture, **changes)
+    convert(model, data, tmp_path / "fp32", precision="fp32")
+    facts = convert(model, data, tmp_path / "int4", precision="int4")
+    assert json.loads((tmp_path / "fp32" / "fidelity.json").read_text())["token_agreement"] == 1.0
+    assert not facts["kept_fp32"]
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_the_runtime_reads_otherwise_is_refused(llama: Path, data: Path, tmp_path: Path) -> None:
+    model, rows = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(llama, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows.mkdir()
+    row = {"messages": [{"role": "user", "content": "LOUD"}, {"role": "assistant", "content": "x"}]}
+    (rows / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConversionError, match="other token ids"):
+        convert(model, rows, tmp_path / "out", precision="int4")
+
+
+def test_a_float32_model_that_differs_is_an_error() -> None:
+    where = {"id": "abc", "step": 3, "reference": "yes", "converted": "no"}
+    fidelity = {"template_equal": 1.0, "positions": 10, "token_agreement": 0.9, "first_divergence": where}
+    with pytest.raises(ConversionError, match=r"90.00%.*prompt abc, token 3: 'no' instead of 'yes'"):
+        onnx_genai.judge(fidelity, Params(precision="fp32"))
+    onnx_genai.judge(fidelity, Params(precision="int4"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["BertModel"]}, "BertModel cannot be converted"),
+        ({}, r"\(none\)"),
+        ({"architectures": ["LlamaForCausalLM"]}, "max_position_embeddings"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8, "quantization_config": {"bits": 4}},
+            "quantised already",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_first(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ConversionError, match=message) as caught:
+        supported(config)
+    assert caught.value.hint
+
+
+def test_fidelity_prompts_come_from_validation(data: Path, tmp_path: Path) -> None:
+    chosen = choose(data, 5)
+    assert len(chosen) == 5 and all("validation" in e.text for e in chosen)
+    assert [e.id for e in chosen] == sorted(e.id for e in choose(data, 100))[:5]
+    with pytest.raises(ConversionError, match="no validation prompts"):
+        choose(tmp_path, 5)

@@ -1,0 +1,78 @@
+"""Documentation that tests keep true: generated pages are current, blocks run, links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    return FENCE.findall(path.read_text())
+
+
+def shell(script: str, folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, text=True, capture_output=True, timeout=1800,
+        env={**os.environ, "PATH": path}, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 3, 4), f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", ["cli.md", "spec.md"])
+def test_reference_is_current(page: str) -> None:
+    module = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert (ROOT / "docs" / "reference" / page).read_text() == module["PAGES"][page](), "run `make docs`"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if not target.startswith(("http:", "https:", "mailto:")):
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.slow
+def test_the_guide_runs(tmp_path: Path) -> None:
+    spec_written = False
+    for kind, text in blocks(ROOT / "docs" / "guides" / "your-own-task.md"):
+        if kind == "python":
+            subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, timeout=60)
+        elif kind == "yaml" and not spec_written:
+            (tmp_path / "slmops.yaml").write_text(text)
+            spec_written = True
+        elif kind == "yaml":
+            own = (tmp_path / "slmops.yaml").read_text()
+            head, _, tail = own.partition("teacher:\n")
+            other = head + text + tail[tail.index("evaluate:") :]
+            (tmp_path / "other.yaml").write_text(other)
+            shell("slmops plan -f other.yaml", tmp_path)
+        elif kind == "sh":
+            shell(text, tmp_path)
+    assert (tmp_path / "outputs" / "own-task" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path) -> None:
+    """Every `sh` block of the README, in order, in one folder. `make test` itself is the one that runs this."""
+    demo = tmp_path / "demo"
+    ran = []
+    for kind, text in blocks(ROOT / "README.md"):
+        if kind != "sh" or text.strip() in ("make test",):
+            continue
+        if text.strip() == "make demo":
+            shell(f"make -C {ROOT} demo DEMO={demo}", tmp_path)
+        else:
+            shell(text.replace("examples/", f"{ROOT}/examples/"), demo)
+        ran.append(text.strip())
+    assert "make demo" in ran
