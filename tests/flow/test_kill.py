@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tests.tiny import write_project
 
 KILLS = int(os.environ.get("SLMOPS_TEST_KILLS", "20"))
@@ -85,7 +84,7 @@ def _using(folder: Path) -> list[str]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            files = [os.readlink(fd) for fd in (path / "fd").iterdir()]
+            files = [str(fd.readlink()) for fd in (path / "fd").iterdir()]
         except OSError:
             continue
         if int(path.name) != os.getpid() and any(str(folder / ".slmops") in name for name in files):

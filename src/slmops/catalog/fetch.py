@@ -50,9 +50,12 @@ def _check(source: Path, name: str) -> None:
     if not config.is_file():
         raise ModelError(f"{name}: there is no config.json in it", "give a model in Hugging Face form")
     try:
-        architectures = json.loads(config.read_text()).get("architectures") or []
+        value = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{name}: config.json is not JSON: {error}", "fetch the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{name}: config.json does not hold a JSON object", "fetch the model again")
+    architectures = [str(item) for item in value.get("architectures") or ()]
     if not any("CausalLM" in item or "ConditionalGeneration" in item for item in architectures):
         raise ModelError(
             f"{name}: {architectures or 'no architecture'} does not write text", "give a causal language model"

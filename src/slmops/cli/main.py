@@ -7,6 +7,7 @@ by the user. stdout carries data, stderr carries talk.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -15,6 +16,8 @@ from typing import NoReturn
 
 from slmops import __version__
 from slmops.errors import SlmopsError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 VERBS = ("init", "doctor", "plan", "run", "why", "report", "compare", "chat", "cache")
 
@@ -90,12 +93,14 @@ def _tell(error: SlmopsError) -> int:
 
 def _foreign(error: Exception) -> SlmopsError:
     """An error that no layer knew: the disk or a permission, or a defect of slmops."""
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _DISK:
         from pathlib import Path
 
         from slmops.store.files import disk_error
 
         return disk_error(error, Path(os.fsdecode(error.filename)))
+    if isinstance(error, OSError) and error.filename is not None:
+        return SlmopsError(f"{os.fsdecode(error.filename)}: {error.strerror}", "check this path")
     return SlmopsError(
         f"unexpected error: {type(error).__name__}: {error}",
         "this is a defect of slmops: please report it with the trace that `slmops --debug …` prints; finished steps are kept",

@@ -40,6 +40,17 @@ class Params(MethodParams):
     needs_teacher: bool = True
 
 
+def covers(params: Params, source: Path) -> tuple[Path, ...]:
+    """The files that `run` would read: what the step's key has to cover, files beside `source` included.
+
+    Raises:
+        DataError: a folder without data, or without a file that the splits name.
+    """
+    from slmops.data.readers import source_files
+
+    return source_files(params.data, source)
+
+
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
     """Read, split, clean and partition.
 

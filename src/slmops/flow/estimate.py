@@ -93,15 +93,15 @@ def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | N
     data = next((s for s in survey if s.step.id == "data"), None)
     if data is None or data.output is None:
         return None
-    counts = (read_json(state.store.path(data.output) / "info.json") or {}).get("counts", {})
-    files = status.step.params.get("files", [])
+    files = (read_json(state.store.path(data.output) / "info.json") or {}).get("files", {})
+    counts = {name.removesuffix(".jsonl"): entry.get("examples", 0) for name, entry in files.items()}
     names = {
         "data/teacher.jsonl": "teacher",
         "data/gold.jsonl": "gold",
         "data/oracle.jsonl": "oracle",
         "synthetic/train.jsonl": "pool",
     }
-    return sum(int(counts.get(names.get(name, ""), 0)) for name in files)
+    return sum(int(counts.get(names.get(name, ""), 0)) for name in status.step.params.get("files", []))
 
 
 def _training(training: Training, architecture: Architecture, examples: int | None) -> Cost:

@@ -82,7 +82,15 @@ class Project:
 
     def resolve(self, path: str) -> Path:
         """A path of the file, relative to the file's folder."""
-        return (self.root / Path(path).expanduser()).resolve()
+        return (self.root / _expanded(path)).resolve()
+
+
+def _expanded(path: str) -> Path:
+    """A path with `~` resolved; where there is no such user it is a plain name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> Project:
@@ -114,22 +122,25 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Project:
 
 def _read(file: Path) -> Any:
     reader = YAML(typ="rt")
-    content = file.read_bytes()
     try:
-        tree = reader.load(content.decode("utf-8-sig"))
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}", "check its permissions") from error
+    try:
+        tree = reader.load(content.decode())
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         problem = Problem(f"byte 0x{content[error.start]:02x} is not UTF-8", "save the file as UTF-8", file.name, line)
         raise SpecError([problem], SEE) from None
     except ReaderError as error:
-        line = content.decode("utf-8-sig").count("\n", 0, error.position) + 1
+        line = content.decode().count("\n", 0, error.position) + 1
         problem = Problem("a control character, which no YAML file may hold", "remove it", file.name, line)
         raise SpecError([problem], SEE) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
         message = " ".join(str(error.problem or error.context or "not valid YAML").split())
-        line = mark.line + 1 if mark else None
-        raise SpecError([Problem(message, "YAML 1.2; indent with spaces", file.name, line)], SEE) from None
+        where = mark.line + 1 if mark else None
+        raise SpecError([Problem(message, "YAML 1.2; indent with spaces", file.name, where)], SEE) from None
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         message = (str(error).splitlines() or ["not valid YAML"])[0]
         raise SpecError([Problem(message, "YAML 1.2", file.name)], SEE) from None
@@ -146,14 +157,23 @@ def _odd_values(node: Any, path: str = "", above: tuple[int, ...] = ()) -> Itera
             return
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             inner = f"{path}.{key}" if path else str(key)
-            if not isinstance(key, str | int):
+            if not isinstance(key, str | int) or (isinstance(key, str) and not _is_text(key)):
                 yield Problem("a key that is not a word", "write it as key: value", path=path)
             else:
                 yield from _odd_values(value, inner, (*above, id(node)))
+    elif isinstance(node, str):
+        if not _is_text(node):
+            yield Problem("holds a NUL or half of a surrogate pair", "write it as plain text", path=path)
     elif isinstance(node, float) and not math.isfinite(node):
         yield Problem("must be a finite number", "leave the key out for its default", path=path)
-    elif not isinstance(node, str | int | float | bool | None):
-        yield Problem(f"not a plain value: {' '.join(str(node).split())[:60]}", "put it in quotes, without a tag", path=path)
+    elif not isinstance(node, int | float | bool | None):
+        yield Problem(
+            f"not a plain value: {' '.join(str(node).split())[:60]}", "put it in quotes, without a tag", path=path
+        )
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _override(tree: Any, text: str) -> str:
@@ -167,7 +187,7 @@ def _override(tree: Any, text: str) -> str:
     except YAMLError:
         value = raw
     if key.strip() in PATH_KEYS and isinstance(value, str) and not value.startswith("hf:"):
-        value = str(Path(value).expanduser().resolve())
+        value = str(_expanded(value).resolve())
     node = tree
     for part in parts[:-1]:
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):

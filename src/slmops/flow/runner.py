@@ -163,6 +163,7 @@ class _Run:
 
     def _start(self, step: Step, status: Status) -> None:
         assert status.key is not None
+        self.state.forget_damaged(status.key)
         scratch = self.state.root / "scratch" / status.key
         out = scratch / "out"
         remove_tree(out)

@@ -10,15 +10,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from slmops.core.digest import digest_file, digest_json
 from slmops.core.step import KeyParts, Step, explain, key_of, key_parts
-from slmops.errors import UsageError
+from slmops.errors import IntegrityError, UsageError
 from slmops.flow import methods
 from slmops.flow.project import Project
 from slmops.store import Store
@@ -60,9 +62,22 @@ class State:
         return min(step.threads or self.cores, self.cores)
 
     def record(self, key: str) -> dict[str, Any] | None:
-        """The record of a finished step whose output is still whole in the store."""
+        """The record of a finished step whose output is still whole in the store (touched files are read again)."""
+        record: dict[str, Any] | None = read_json(self.root / "steps" / f"{key}.json")
+        if record is None:
+            return None
+        try:
+            self.store.path(record["output"])
+        except IntegrityError:
+            return None
+        return record
+
+    def forget_damaged(self, key: str) -> None:
+        """Take a step's damaged output out of the store, so that the one made again is not mixed with it."""
         record = read_json(self.root / "steps" / f"{key}.json")
-        return record if record is not None and self.store.has(record["output"]) else None
+        if record is not None and self.record(key) is None:
+            with contextlib.suppress(IntegrityError):  # it is not in the store at all
+                self.store.remove(record["output"])
 
     def save(self, step: Step, key: str, record: dict[str, Any]) -> None:
         """Remember that a step finished. The record is written last: only then does the step count as done."""
@@ -80,18 +95,34 @@ class State:
         parts: KeyParts | None = read_json(self.root / "last" / self.project.spec.name / f"{step.id}.json")
         return parts
 
-    def source_digest(self, path: Path) -> str:
+    def source_digest(self, path: Path, covers: Callable[[Path], Iterable[Path]] | None = None) -> str:
         """Content digest of a user's file or folder. A file whose size, time and inode are known is not read again.
+
+        Args:
+            covers: the files that the path stands for; default: itself, or everything in it that is not hidden.
 
         Raises:
             UsageError: it is not there or cannot be read.
         """
         if not path.exists():
             raise UsageError(f"there is no {path}", "correct the path in slmops.yaml, or give it with --set")
-        if path.is_dir():
+        if covers is not None:
+            files = sorted(covers(path))
+        elif path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            return digest_json([[p.relative_to(path).as_posix(), self._file_digest(p)] for p in files])
-        return digest_json([path.name, self._file_digest(path)])
+        else:
+            files = [path]
+        base = path if path.is_dir() else path.parent
+        return digest_json([[p.relative_to(base).as_posix(), self._file_digest(p)] for p in files])
+
+    def _source_digests(self, step: Step) -> dict[str, str]:
+        """Digests of a step's sources. A method may have `covers(params, path)`: the files that it will read."""
+        method = methods.get(step.method)
+        reads = getattr(method, "covers", None)
+        covers = None
+        if reads is not None and step.sources:
+            covers = functools.partial(reads, method.Params.model_validate(step.params, strict=False))
+        return {name: self.source_digest(self.project.resolve(path), covers) for name, path in step.sources.items()}
 
     def _file_digest(self, path: Path) -> str:
         try:
@@ -123,7 +154,7 @@ class State:
         if waiting:
             return Status(step, "run", None, None, None, tuple(f"waits for {name}" for name in waiting))
         digests = {name: outputs[source] for name, source in step.inputs.items()}
-        digests |= {name: self.source_digest(self.project.resolve(path)) for name, path in step.sources.items()}
+        digests |= self._source_digests(step)
         declaration = methods.get(step.method).DECLARATION
         environment = methods.environment(declaration, self.threads(step))
         parts = key_parts(step, declaration, digests, environment)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,6 +138,17 @@ def deterministic(threads: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1])
 
 
+def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
+    """Digest of the names and bytes of all weights."""
+    import hashlib
+
+    sha = hashlib.sha256()
+    for name, weight in weights.items():
+        sha.update(name.encode())
+        sha.update(weight.detach().cpu().contiguous().numpy().data)
+    return "sha256:" + sha.hexdigest()
+
+
 def to_device(part: Part, device: str) -> Part:
     """The part's tensors on a device."""
     if device == "cpu":
@@ -198,7 +209,7 @@ class Loop:
         training: the parameters.
         ctx: seed, threads, scratch and progress.
         loss: maps logits (P, vocabulary) float32 and the part to a weighted sum; default: cross-entropy.
-        identity: whatever else decides the outcome (start weights, method, inputs), for the checkpoint.
+        identity: whatever else decides the outcome (the method, what its loss reads), for the checkpoint.
         every_s: seconds of training between checkpoints.
     """
 
@@ -223,7 +234,8 @@ class Loop:
             {
                 "loop": VERSION, "torch": torch.__version__, "threads": ctx.threads, "seed": ctx.seed,
                 "training": training.model_dump(mode="json"), "data": data.digest(), "validation": validation.digest(),
-                "identity": identity, "device": network.device, "bf16": network.bf16, "path": network.path,
+                "start": digest_weights(network.weights), "identity": identity,
+                "device": network.device, "bf16": network.bf16, "path": network.path,
             }
         )  # fmt: skip
         self.checkpoints = Checkpoints(ctx.scratch / "training", mark)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.core.digest import digest_file, digest_text
+from slmops.core.digest import digest_text
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
 from slmops.core.spec import Architecture, Training
@@ -59,7 +59,6 @@ class Prepared:
     validation: Encoded
     model: Any
     tokenizer_folder: Path
-    start: str
 
 
 def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -133,13 +132,9 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     data, validation = encode.encode(rows, tokenizer, limit), encode.encode(held, tokenizer, limit)
     if not len(data.ids):
         raise DataError("all examples were held out for validation", "lower train.holdout or give more examples")
-    start = encode.tokenizer_digest(folder)
     if params.architecture:
         model = network.build(params.architecture, tokenizer, ctx.seed)
-        start += params.architecture.model_dump_json()
-    else:
-        start += "".join(digest_file(p) for p in sorted(folder.glob("*.safetensors")))
-    return Prepared(data, validation, model, folder, start)
+    return Prepared(data, validation, model, folder)
 
 
 def learn(
@@ -166,9 +161,7 @@ def learn(
         f"{count / 1e6:.2f} M parameters, {len(ready.data.ids)} examples ({int(ready.data.lengths.sum())} tokens), "
         f"{len(ready.validation.ids)} for validation, {'bf16' if bf16 else 'fp32'} on {device}"
     )
-    loop = Loop(
-        net, ready.data, ready.validation, params.training, ctx, loss=loss, identity=[method, ready.start, depends]
-    )
+    loop = Loop(net, ready.data, ready.validation, params.training, ctx, loss=loss, identity=[method, depends])
     record = {"method": method, **loop.run()}
     network.save(ready.model.to("cpu"), ready.tokenizer_folder, out)
     write_record(record, out)

@@ -1,0 +1,494 @@
+"""Training speed and memory of slmops and of TRL, side by side on the CPU: a table and JSON.
+
+    python benchmarks/training.py            # three rounds of each case
+    python benchmarks/training.py --quick    # one round of a few steps
+
+It promises that both train the same model from the same first weights on the same token ids, batch size, epochs,
+optimiser, learning rates, precision and threads, each in a fresh process, in turns (slmops, TRL, slmops, TRL, …), and
+it stops if their tokens or steps differ. README.md beside it says what the columns mean and how TRL is set up.
+
+The first process imports nothing heavy: it starts workers, which are this same file with `--worker`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
+SYSTEMS = ("slmops", "trl")
+SHAPES: dict[str, dict[str, int]] = {  # the decoders, llama, vocabulary 2,048
+    "0.7M": {"layers": 2, "hidden": 128, "heads": 4},
+    "5M": {"layers": 6, "hidden": 256, "heads": 8},
+    "11M": {"layers": 6, "hidden": 384, "heads": 8},
+}
+VOCABULARY, BATCH, VALIDATION = 2048, 64, 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison: `student` learns `examples` for `epochs`; with a `teacher` from its distributions alone."""
+
+    name: str
+    student: str
+    examples: int
+    epochs: int
+    teacher: str | None = None
+
+
+FULL = (
+    Case("sft 0.7M", "0.7M", 2048, 3),
+    Case("sft 5M", "5M", 1024, 2),
+    Case("logits 5M to 0.7M", "0.7M", 1024, 5, "5M"),
+    Case("logits 11M to 0.7M", "0.7M", 1024, 5, "11M"),
+)
+QUICK = (
+    Case("sft 0.7M", "0.7M", 512, 3),
+    Case("sft 5M", "5M", 256, 1),
+    Case("logits 5M to 0.7M", "0.7M", 256, 5, "5M"),
+)
+TEACHER = {False: (2048, 3), True: (512, 1)}  # examples and epochs of the teachers, by `--quick`
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told."""
+
+    system: str
+    case: Case
+    inputs: str
+    out: str
+    threads: int
+    precision: str
+    seed: int
+
+
+# -- inputs: data, tokenizer, first weights of the students, teachers ------------------------------------------------
+
+
+def make_inputs(job: Job, cases: list[Case], quick: bool) -> None:
+    """Everything that both sides read, made once."""
+    from slmops.core.example import Example, Message
+    from slmops.core.spec import Architecture, Training
+    from slmops.templates import support_desk
+    from slmops.train import encode, network, sft, tokenizer
+
+    folder, data = Path(job.inputs), Path(job.inputs) / "data"
+    data.mkdir(parents=True)
+    taught, epochs = TEACHER[quick]
+    most = max(taught, *(case.examples for case in cases))
+    rows = []
+    for row in support_desk.generate(most + VALIDATION, job.seed):
+        user, answer = row["messages"]
+        rows.append(Example((Message("user", user["content"]),), answer["content"], "gold").to_json())
+
+    def write(name: str, some: list[dict[str, Any]]) -> None:
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
+
+    write("validation.jsonl", rows[-VALIDATION:])
+    for count in {case.examples for case in cases}:
+        write(f"train-{count}.jsonl", rows[:count])
+    write("teacher.jsonl", rows[:taught])
+    ctx = context(job)
+    (folder / "tokenizer").mkdir()
+    tokenizer.run(tokenizer.Params(vocabulary=VOCABULARY), {"data": data}, folder / "tokenizer", ctx)
+    words = encode.load_tokenizer(folder / "tokenizer")
+    for size in {case.student for case in cases}:
+        out = folder / f"student-{size}"
+        network.save(network.build(Architecture(**SHAPES[size]), words, job.seed), folder / "tokenizer", out)
+    for size in sorted({case.teacher for case in cases if case.teacher}):
+        out = folder / f"teacher-{size}"
+        out.mkdir()
+        shutil.rmtree(ctx.scratch, ignore_errors=True)
+        training = Training(
+            epochs=epochs, batch_size=BATCH, learning_rate=1e-3, precision="auto", holdout=0.0, evaluations=1
+        )
+        params = sft.Params(training=training, architecture=Architecture(**SHAPES[size]), files=("data/teacher.jsonl",))
+        sft.run(params, {"data": data, "tokenizer": folder / "tokenizer"}, out, ctx)
+    shutil.rmtree(ctx.scratch, ignore_errors=True)
+
+
+def context(job: Job) -> Any:
+    """A method's context whose scratch is new."""
+    from slmops.core.method import Context
+
+    scratch = Path(job.out).with_suffix(".scratch")
+    return Context(job.seed, scratch, scratch, threads=job.threads)
+
+
+# -- one training ------------------------------------------------------------------------------------------------------
+
+
+def train_slmops(job: Job, out: Path) -> dict[str, Any]:
+    """Through the methods themselves: what `slmops run` does, without validation on the way."""
+    import torch  # noqa: F401
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (loaded before the clock starts, as for TRL)
+
+    from slmops.core.spec import Train
+    from slmops.train import batches, cache_logits, encode, logits, loop, network, sft  # noqa: F401
+
+    imported = peak_mb()
+    folder, case, ctx = Path(job.inputs), job.case, context(job)
+    begun, cpu = time.perf_counter(), time.process_time()
+    common = {
+        "epochs": case.epochs, "batch_size": BATCH, "precision": job.precision, "holdout": 0.0, "evaluations": 1,
+    }  # fmt: skip
+    files = (f"data/train-{case.examples}.jsonl",)
+    inputs = {"data": folder / "data", "base": folder / f"student-{case.student}"}
+    cached = 0.0
+    if case.teacher:
+        training = Train(method="logits", logit_weight=1.0, temperature=1.0, **common)
+        cache = out.with_suffix(".cache")
+        cache.mkdir()
+        kept = cache_logits.Params(files=files, samples=training.logit_samples)
+        cache_logits.run(kept, {"data": folder / "data", "teacher": folder / f"teacher-{case.teacher}"}, cache, ctx)
+        cached = time.perf_counter() - begun
+        facts = logits.run(logits.Params(training=training, files=files), {**inputs, "logits": cache}, out, ctx)
+    else:
+        facts = sft.run(sft.Params(training=Train(**common), files=files), inputs, out, ctx)
+    whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    measured = {
+        "train_s": facts["seconds"], "cache_s": cached, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
+        "imports_mb": imported, "steps": facts["steps"],
+    }  # fmt: skip
+    data = encode.encode(encode.read(inputs, files), encode.load_tokenizer(inputs["base"]), 256)
+    pairs = zip(data.ids, data.answer_tokens.tolist(), strict=True)
+    return {**measured, "tokens": fingerprint((ids.tolist(), count) for ids, count in pairs)}
+
+
+def train_trl(job: Job, out: Path) -> dict[str, Any]:
+    """SFTTrainer, or GKDTrainer with lmbda 0 (the given answers) and beta 0 (KL from teacher to student)."""
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback  # noqa: F401
+    from trl import SFTConfig, SFTTrainer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from slmops.core.spec import Training
+    from slmops.train.loop import Schedule
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """Seconds from the first batch to the last step."""
+
+        begun = seconds = 0.0
+
+        def on_train_begin(self, *_args: Any, **_more: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_train_end(self, *_args: Any, **_more: Any) -> None:
+            self.seconds = time.perf_counter() - self.begun
+
+    imported = peak_mb()
+    disable_progress_bars()
+    torch.set_num_threads(job.threads)
+    folder, case = Path(job.inputs), job.case
+    ours = Training(epochs=case.epochs, batch_size=BATCH)
+    begun, cpu = time.perf_counter(), time.process_time()
+    student = folder / f"student-{case.student}"
+    tokenizer = AutoTokenizer.from_pretrained(student)
+
+    def load(path: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+
+    settings: dict[str, Any] = {
+        "output_dir": str(out.with_suffix(".trl")), "num_train_epochs": case.epochs, "seed": job.seed,
+        "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
+        "optim": "adamw_torch_fused", "weight_decay": ours.weight_decay, "adam_beta2": 0.98, "max_grad_norm": ours.clip,
+        "learning_rate": ours.learning_rate, "bf16": job.precision == "bf16", "use_cpu": True, "max_length": 256,
+        "train_sampling_strategy": "group_by_length", "dataloader_num_workers": 0, "dataloader_pin_memory": False,
+        "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
+        "disable_tqdm": True,
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "data" / f"train-{case.examples}.jsonl").open(encoding="utf-8")]
+    clock = Clock()
+    if case.teacher:
+        # GKDTrainer renders and tokenises each batch in every epoch unless the ids are there: so they are.
+        data = []
+        for row in rows:
+            prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            head = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            data.append({"input_ids": ids, "labels": [-100] * head + ids[head:], "length": len(ids)})
+        trainer: Any = GKDTrainer(
+            model=load(student), teacher_model=load(folder / f"teacher-{case.teacher}"),
+            args=GKDConfig(**settings, lmbda=0.0, beta=0.0, temperature=1.0), train_dataset=Dataset.from_list(data),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            processing_class=tokenizer, callbacks=[clock],
+        )  # fmt: skip
+    else:
+        asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+        trainer = SFTTrainer(
+            model=load(student), args=SFTConfig(**settings, completion_only_loss=True),
+            train_dataset=Dataset.from_list(asked), processing_class=tokenizer, callbacks=[clock],
+        )  # fmt: skip
+    schedule = Schedule.of(ours, case.examples)
+    trainer.create_optimizer()
+    trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: schedule.learning_rate(step) / ours.learning_rate)
+    trainer.train()
+    trainer.save_model(str(out))
+    whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    measured = {
+        "train_s": clock.seconds, "cache_s": 0.0, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
+        "imports_mb": imported, "steps": trainer.state.global_step,
+    }  # fmt: skip
+    pairs = ((row["input_ids"], sum(label != -100 for label in row["labels"])) for row in trainer.train_dataset)
+    return {**measured, "tokens": fingerprint(pairs)}
+
+
+def fingerprint(rows: Iterable[tuple[list[int], int]]) -> str:
+    """Digest of the examples' token ids and numbers of answer tokens, in order."""
+    return hashlib.sha256(json.dumps([[ids, answer] for ids, answer in rows]).encode()).hexdigest()[:16]
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had at once, in MB (1e6 bytes)."""
+    try:  # ru_maxrss would count the parent's memory too if that was larger when it forked
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def score(job: Job, out: Path) -> dict[str, float]:
+    """Nats per answer token on the validation examples, by the models' own code: the same for both sides.
+
+    Returns:
+        `loss`: cross-entropy of the gold answers; with a teacher also `kl`: KL(teacher || student).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from slmops.train import encode
+
+    folder = Path(job.inputs)
+    inputs = {"data": folder / "data"}
+    tokenizer = encode.load_tokenizer(folder / "tokenizer")
+    data = encode.encode(encode.read(inputs, ("data/validation.jsonl",)), tokenizer, 256)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    teacher: Any = None
+    if job.case.teacher:
+        teacher = AutoModelForCausalLM.from_pretrained(
+            folder / f"teacher-{job.case.teacher}", dtype=torch.float32
+        ).eval()
+    loss = kl = 0.0
+    with torch.no_grad():
+        for ids, start in zip(data.ids, data.answer_from.tolist(), strict=True):
+            tokens = torch.from_numpy(ids)[None]
+            logq = model(input_ids=tokens).logits[0, start - 1 : -1].log_softmax(-1)
+            loss -= float(logq.gather(1, tokens[0, start:, None]).sum())
+            if teacher is not None:
+                logp = teacher(input_ids=tokens).logits[0, start - 1 : -1].log_softmax(-1)
+                kl += float((logp.exp() * (logp - logq)).sum())
+    count = int(data.answer_tokens.sum())
+    return {"loss": loss / count, **({"kl": kl / count} if teacher is not None else {})}
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Train, measure, then score."""
+    train: Callable[[Job, Path], dict[str, Any]] = train_slmops if job.system == "slmops" else train_trl
+    out = Path(job.out)
+    out.mkdir(parents=True)
+    measured = train(job, out)
+    measured |= score(job, out)
+    seen = job.case.examples * job.case.epochs
+    measured["examples_per_s"] = seen / (measured["train_s"] + measured["cache_s"])
+    measured["whole_examples_per_s"] = seen / measured["whole_s"]
+    return measured
+
+
+# -- the rounds --------------------------------------------------------------------------------------------------------
+
+
+def start(job: Job, more: list[str], threads: int, log: Path) -> dict[str, Any]:
+    """Run a worker in a fresh process and read what it wrote."""
+    result = log.with_suffix(".result.json")
+    result.unlink(missing_ok=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    command = [sys.executable, __file__, "--worker", json.dumps(asdict(job)), "--result", str(result), *more]
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code or not result.exists():
+        tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
+        raise SystemExit(f"the worker for {job.system}, {job.case.name} ended with {code}:\n{tail}\n(all of it: {log})")
+    found: dict[str, Any] = json.loads(result.read_text("utf-8"))
+    return found
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers belong to."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    packages = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")}
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {
+        "cpu": model, "cores": os.cpu_count(), "threads": threads, "load_before": load, "python": platform.python_version(),
+        "packages": packages,
+    }  # fmt: skip
+
+
+def summary(case: Case, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of both sides, the ratio of the medians and the lowest and highest ratio of a round."""
+    middle: dict[str, dict[str, Any]] = {
+        system: {k: median(r[k] for r in rows) for k, v in rows[0].items() if isinstance(v, float | int)}
+        for system, rows in runs.items()
+    }
+    ratios: dict[str, Any] = {}
+    for name in ("examples_per_s", "whole_examples_per_s", "whole_cpu_s", "peak_mb"):
+        rounds = [a[name] / b[name] for a, b in zip(runs["slmops"], runs["trl"], strict=True)]
+        ratios[name] = {
+            "value": middle["slmops"][name] / middle["trl"][name], "low": min(rounds), "high": max(rounds),
+        }  # fmt: skip
+    return {**asdict(case), "batch_size": BATCH, "median": middle, "ratio_slmops_to_trl": ratios, "rounds": runs}
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """A Markdown table, two rows for each case."""
+    lines = [
+        "| case | system | examples/s | cache (s) | training (s) | whole job (s) | CPU (s) | peak MB | validation loss | KL to teacher |",
+        "| --- | --- |" + " ---: |" * 8,
+    ]
+    for case in cases:
+        for system in SYSTEMS:
+            m = case["median"][system]
+            cells = [
+                f"{m['examples_per_s']:,.1f}", f"{m['cache_s']:.1f}" if m["cache_s"] else "", f"{m['train_s']:.1f}",
+                f"{m['whole_s']:.1f}", f"{m['whole_cpu_s']:.1f}", f"{m['peak_mb']:,.0f}", f"{m['loss']:.4f}",
+                f"{m['kl']:.4f}" if "kl" in m else "",
+            ]  # fmt: skip
+            lines.append(f"| {case['name'] if system == 'slmops' else ''} | {system} | " + " | ".join(cells) + " |")
+        speed, whole, cpu, memory = (
+            case["ratio_slmops_to_trl"][k] for k in ("examples_per_s", "whole_examples_per_s", "whole_cpu_s", "peak_mb")
+        )
+        cells = [
+            f"**×{speed['value']:.2f}** ({speed['low']:.2f}–{speed['high']:.2f})",
+            "",
+            "",
+            f"×{1 / whole['value']:.2f}",
+        ]
+        cells += [f"×{cpu['value']:.2f}", f"×{memory['value']:.2f}", "", ""]
+        lines.append("| | slmops / TRL | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def check_same(case: Case, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Both sides must have made the same number of steps over the same tokens."""
+    for name in ("steps", "tokens"):
+        values = {system: runs[system][-1][name] for system in SYSTEMS}
+        if len(set(values.values())) > 1:
+            raise SystemExit(f"{case.name}: the two sides differ in {name}, so nothing can be compared: {values}")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of all cases."""
+    cases = [
+        c for c in (QUICK if options.quick else FULL) if not options.only or any(o in c.name for o in options.only)
+    ]
+    if not cases:
+        raise SystemExit(f"no case is called {options.only}; there are: {', '.join(c.name for c in FULL)}")
+    rounds = options.rounds or (1 if options.quick else 3)
+    found: dict[str, Any] = {
+        "machine": machine(options.threads),
+        "precision": options.precision,
+        "quick": options.quick,
+    }
+    BUILD.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - begun:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    made_of = json.dumps([SHAPES, [asdict(c) for c in cases], TEACHER[options.quick], options.seed, VOCABULARY])
+    inputs = BUILD / f"inputs-{hashlib.sha256(made_of.encode()).hexdigest()[:10]}"
+    if not (inputs / "done").exists():
+        say("making data, tokenizer, first weights and teachers (kept for the next time)")
+        shutil.rmtree(inputs, ignore_errors=True)
+        job = Job(
+            "setup", cases[0], str(inputs), str(BUILD / "setup"), options.threads, options.precision, options.seed
+        )
+        more = ["--setup", json.dumps([asdict(c) for c in cases]), *(["--quick"] if options.quick else [])]
+        start(job, more, options.threads, BUILD / "setup.log")
+        (inputs / "done").touch()
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {c.name: {s: [] for s in SYSTEMS} for c in cases}
+    for number in range(rounds):
+        for case in cases:
+            for system in SYSTEMS:
+                work_in = BUILD / "work"
+                shutil.rmtree(work_in, ignore_errors=True)
+                job = Job(
+                    system, case, str(inputs), str(work_in / "model"), options.threads, options.precision, options.seed
+                )
+                result = start(job, [], options.threads, BUILD / f"{system}.log")
+                runs[case.name][system].append(result)
+                say(
+                    f"round {number + 1}/{rounds}  {case.name:<20} {system:<7} {result['examples_per_s']:8.1f} examples/s"
+                    f"  {result['peak_mb']:6.0f} MB  validation loss {result['loss']:.4f}"
+                )
+            check_same(case, runs[case.name])
+    shutil.rmtree(BUILD / "work", ignore_errors=True)
+    found["cases"] = [summary(case, runs[case.name]) for case in cases]
+    found["seconds"] = round(time.perf_counter() - begun, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round of a few steps: does it work, roughly how fast")
+    parser.add_argument("--rounds", type=int, help="default: 3, with --quick 1")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of both sides")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=BUILD / "training.json", help="where the numbers go")
+    for hidden in ("--worker", "--result", "--setup"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        told = json.loads(options.worker)
+        job = Job(**{**told, "case": Case(**told["case"])})
+        result: dict[str, Any] = {}
+        if options.setup:
+            make_inputs(job, [Case(**c) for c in json.loads(options.setup)], options.quick)
+        else:
+            result = work(job)
+        Path(options.result).write_text(json.dumps(result), "utf-8")
+        return
+    found = measure(options)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    print(table(found["cases"]))
+    print(
+        f"\n{found['machine']['cpu']}, {options.threads} threads, {options.precision}, load before {found['machine']['load_before']}"
+    )
+    print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()
