@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import made_up
 import pytest
 
 from slmops.core.spec import Task
 from slmops.errors import DataError, UsageError
 from slmops.evaluate.compare import Side, compare, render_comparison
+from tests.evaluate import made_up
 
 TASK = Task(type="classification")
 

@@ -9,12 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import made_up
 import pytest
-from test_report import make
 
 from slmops.evaluate import plots
 from slmops.evaluate.html import render_html
+from tests.evaluate import made_up
+from tests.evaluate.test_report import make
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

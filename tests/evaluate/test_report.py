@@ -10,13 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import made_up
 import pytest
 
 from slmops.core.method import Context
 from slmops.core.report import Report
 from slmops.errors import DataError, UsageError
 from slmops.evaluate import report
+from tests.evaluate import made_up
 
 TASK = {"type": "classification", "out_of_scope": "out_of_scope"}
 Inputs = dict[str, Path]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.tiny import write_project
 
 KILLS = int(os.environ.get("SLMOPS_TEST_KILLS", "20"))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAST, TINY, examples, write_rows
 
 from slmops.core.method import Context, SilentProgress
 from slmops.core.spec import Train
 from slmops.errors import TrainingError
 from slmops.train import cache_logits, logits, sft
 from slmops.train import tokenizer as bpe
+from tests.train.conftest import FAST, TINY, examples, write_rows
 
 FILES = ("data/teacher.jsonl",)
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, TINY, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slmops.convert.rounding import round_matrix
 from slmops.core.spec import Architecture, Training
 from slmops.train import network
 from slmops.train.batches import collate, epoch_plan, pack_rows
@@ -20,6 +20,7 @@ from slmops.train.encode import Row, encode, load_tokenizer
 from slmops.train.estimate import estimate, parameters
 from slmops.train.loop import Schedule, cross_entropy, part_loss
 from slmops.train.quantization_aware import fake_int4, int4_blocks
+from tests.train.conftest import FAST, TINY, examples
 
 
 @pytest.fixture(scope="module")
@@ -161,23 +162,16 @@ def test_buckets_waste_little(tok: Any) -> None:
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("shape", [(48, 128), (33, 96), (17, 100), (640, 352)])
 def test_rounding_is_the_converters(block: int, shape: tuple[int, int]) -> None:
-    quantizer = pytest.importorskip(
-        "onnxruntime.quantization.matmul_nbits_quantizer", reason="needs the extra [convert]"
-    )
     rng = np.random.default_rng(block + shape[0])
     w = rng.normal(size=shape).astype(np.float32)
     w[0], w[1, :16], w[2, 0] = np.round(w[0] * 4) / 4, 0, -w[2, 1]  # ties, zeros, two largest of opposite sign
     w[3], w[4], w[5], w[6] = np.abs(w[3]), -np.abs(w[4]), 0, 1e-30
     w[7] = np.tile([1.0, -1.0], shape[1] // 2)
-    config = quantizer.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=4)
-    packed, scales, _ = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(w.T))
-    integers = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1).astype(np.float32) - 8
-    wanted = (integers * scales[:, :, None]).reshape(shape[0], -1)[:, : shape[1]]
+    wanted = round_matrix(w, 4, block)
     got, scale = int4_blocks(torch.from_numpy(w), block)
-    np.testing.assert_array_equal(scale[..., 0].numpy(), scales)
-    used = np.arange(integers.shape[1] * block).reshape(-1, block) < shape[1]
-    np.testing.assert_array_equal(got.numpy()[:, used], integers[:, used])
-    np.testing.assert_array_equal(fake_int4(torch.from_numpy(w), block).numpy(), wanted)
+    np.testing.assert_array_equal(scale[..., 0].numpy(), wanted.scales.astype(np.float32))
+    np.testing.assert_array_equal(got.numpy() + 8, wanted.codes.astype(np.float32))
+    np.testing.assert_array_equal(fake_int4(torch.from_numpy(w), block).numpy(), wanted.values())
 
 
 def test_rounding_twice_changes_nothing() -> None:

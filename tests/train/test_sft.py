@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FAST, TINY, examples, write_rows
 
 from slmops.core.example import Example, Message
 from slmops.core.method import Context, SilentProgress
 from slmops.core.spec import Training
 from slmops.errors import DataError, ModelError, TrainingError
 from slmops.train import sft
+from tests.train.conftest import FAST, TINY, examples, write_rows
 
 
 def params(kind: str = "llama", **training: object) -> sft.Params:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import examples, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from slmops.core.method import Context
 from slmops.errors import DataError
 from slmops.train import tokenizer as method
 from slmops.train.encode import encode, load_tokenizer
+from tests.train.conftest import examples, write_rows
 
 
 def make(data: Path, out: Path, **params: int) -> Any:

@@ -188,17 +188,28 @@ class Teacher(Value):
     model: Architecture | None = None
     base: str | None = Field(None, description="folder or hf:ORG/NAME[@REVISION]")
     endpoint: Endpoint | None = None
+    instruct: bool | None = Field(
+        None,
+        description="tell the teacher the task in words, with gold examples; default: yes, unless it is trained here",
+    )
     tokenizer: TokenizerSpec = TokenizerSpec()
     train: Training = Training()
-    seed: int | None = Field(None, description="default: the project's seed")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description="default: the project's seed")
     max_new_tokens: Positive = 64
 
     @model_validator(mode="after")
     def _one(self) -> Teacher:
         given = [k for k in ("model", "base", "endpoint") if getattr(self, k) is not None]
+        if len(given) == 1 and self.model is not None and self.instruct:
+            raise ValueError("a teacher that is trained here is not instructed; take `instruct` out")
         if len(given) != 1:
             raise ValueError(f"give exactly one of model, base, endpoint (given: {', '.join(given) or 'none'})")
         return self
+
+    @property
+    def instructed(self) -> bool:
+        """Whether prompts to the teacher tell the task in words."""
+        return self.model is None if self.instruct is None else self.instruct
 
 
 class Generate(Value):
@@ -335,7 +346,7 @@ class Spec(Value):
     """A whole project file."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     version: str = "1"
     licence: str = Field("", description="SPDX name that the bundle carries")
     task: Task

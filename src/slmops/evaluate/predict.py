@@ -7,7 +7,7 @@ prompt that does not fit the context is a wrong answer, empty and unfinished, no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +17,8 @@ from slmops.core.engine import Engine, Generation, Sampling
 from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
+from slmops.core.spec import NonNegative, Task
+from slmops.engines.answers import Messages
 from slmops.errors import DataError
 
 DECLARATION = Declaration(
@@ -30,11 +32,16 @@ DECLARATION = Declaration(
 
 
 class Params(BaseParams):
-    """`max_examples` keeps that many test examples, those with the smallest ids; None keeps all."""
+    """`max_examples` keeps that many test examples, those with the smallest ids; None keeps all.
+
+    `guided`: the task, for a model that is told it in words, with `shots` gold examples before each question.
+    """
 
     runtime: Literal["auto", "torch", "onnx_genai"] = "auto"
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     max_examples: Annotated[int, Field(ge=1)] | None = None
+    guided: Task | None = None
+    shots: NonNegative = 8
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -42,10 +49,11 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     from slmops.engines import open_engine
 
     examples = read_test(inputs["data"], params.max_examples)
+    asked, tidy = questions(inputs["data"], examples, params.guided, params.shots, ctx.seed)
     engine = open_engine(inputs["model"], threads=ctx.threads, kind=params.runtime)
     ctx.progress.start("answering test prompts", len(examples), "prompts")
     try:
-        answers, tokens = answer(engine, examples, params.max_new_tokens, ctx)
+        answers, tokens = answer(engine, asked, params.max_new_tokens, ctx)
     finally:
         ctx.progress.stop()
         engine.close()
@@ -55,7 +63,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
                 "id": example.id,
                 "prompt": example.text,
                 "gold": example.answer,
-                "answer": given.text if given else "",
+                "answer": tidy(given.text) if given else "",
                 "finished": given.finished if given else False,
                 "tokens": len(given.tokens) if given else 0,
             }
@@ -75,15 +83,37 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     }
 
 
+def questions(
+    data: Path, examples: Sequence[Example], task: Task | None, shots: int, seed: int
+) -> tuple[list[Messages], Callable[[str], str]]:
+    """What is asked for each example, and what is done to an answer before it is judged.
+
+    Args:
+        task: for a model that is told the task in words; None: the prompts as they are, the answers as they come.
+    """
+    if task is None:
+        return [e.prompt_messages() for e in examples], lambda text: text
+    from slmops.core import prompting
+    from slmops.core.validity import AnswerRules
+    from slmops.store.files import read_json
+
+    with (data / "gold.jsonl").open(encoding="utf-8") as file:
+        gold = [Example.from_json(json.loads(line)) for line in file]
+    labels = (read_json(data / "info.json") or {}).get("labels") or []
+    rules = AnswerRules.of(task, [str(label) for label in labels], [e.answer for e in gold if e.answer is not None])
+    shown = prompting.pick_shots(gold, shots, seed)
+    return [prompting.guided(e, rules, shown) for e in examples], rules.tidy
+
+
 def answer(
-    engine: Engine, examples: list[Example], max_new_tokens: int, ctx: Context
+    engine: Engine, asked: Sequence[Messages], max_new_tokens: int, ctx: Context
 ) -> tuple[list[Generation | None], list[int]]:
     """Greedy answers, None where the prompt leaves no room, and the length of every prompt in tokens."""
-    prompts = [engine.encode(e.prompt_messages()) for e in examples]
+    prompts = [engine.encode(messages) for messages in asked]
     fits = [i for i, p in enumerate(prompts) if len(p) < engine.context_length]
     done = engine.generate([prompts[i] for i in fits], Sampling(max_new_tokens=max_new_tokens), ctx.progress.advance)
     by_index = dict(zip(fits, done, strict=True))
-    return [by_index.get(i) for i in range(len(examples))], [len(p) for p in prompts]
+    return [by_index.get(i) for i in range(len(asked))], [len(p) for p in prompts]
 
 
 def read_test(data: Path, limit: int | None) -> list[Example]:

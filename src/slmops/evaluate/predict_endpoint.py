@@ -14,7 +14,6 @@ from typing import Annotated
 from pydantic import Field
 
 from slmops.core.engine import Sampling
-from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.core.spec import ENDPOINT_NEUTRAL, Endpoint, NonNegative, Task
@@ -29,10 +28,10 @@ DECLARATION = Declaration(
 
 
 class Params(BaseParams):
-    """`max_examples` as in `evaluate.predict`; `shots`: gold examples shown with each question."""
+    """`max_examples` as in `evaluate.predict`; `guided`, `shots`: see there."""
 
     endpoint: Endpoint
-    task: Task
+    guided: Task | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     max_examples: Annotated[int, Field(ge=1)] | None = None
     shots: NonNegative = 8
@@ -44,22 +43,15 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     Raises:
         EndpointError, BudgetError: see `slmops.engines.endpoint`; what was paid for is kept.
     """
-    from slmops.core import prompting
-    from slmops.core.validity import AnswerRules
     from slmops.engines.endpoint import EndpointTeacher
-    from slmops.evaluate.predict import read_test
-    from slmops.store.files import read_json
+    from slmops.evaluate.predict import questions, read_test
 
-    data = inputs["data"]
-    examples = read_test(data, params.max_examples)
-    gold = _read(data / "gold.jsonl")
-    labels = (read_json(data / "info.json") or {}).get("labels") or []
-    rules = AnswerRules.of(params.task, labels, [e.answer for e in gold if e.answer is not None])
-    shots = prompting.pick_shots(gold, params.shots, ctx.seed)
+    examples = read_test(inputs["data"], params.max_examples)
+    asked, tidy = questions(inputs["data"], examples, params.guided, params.shots, ctx.seed)
     sampling = Sampling(params.endpoint.max_output_tokens, params.endpoint.temperature, seed=ctx.seed)
     teacher = EndpointTeacher(params.endpoint, ctx)
     try:
-        replies = teacher.answers([prompting.guided(e, rules, shots) for e in examples], sampling)
+        replies = teacher.answers(asked, sampling)
         ledger = teacher.facts()
     finally:
         teacher.close()
@@ -72,14 +64,9 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
                 "id": example.id,
                 "prompt": example.text,
                 "gold": example.answer,
-                "answer": rules.tidy(given.text) if given else "",
+                "answer": tidy(given.text) if given else "",
                 "finished": given.finished if given else False,
                 "tokens": given.completion_tokens if given else 0,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return {"examples": len(examples), "answered": answered, "teacher": ledger}
-
-
-def _read(path: Path) -> list[Example]:
-    with path.open(encoding="utf-8") as file:
-        return [Example.from_json(json.loads(line)) for line in file]

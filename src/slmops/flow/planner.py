@@ -52,6 +52,13 @@ def check(spec: Spec) -> list[Problem]:
             wrong("train.method", "logits need a teacher", "add a teacher, or use `method: sequence`")
         elif teacher.endpoint is not None:
             wrong("train.method", "an endpoint does not give its distributions", "use `method: sequence`")
+        elif teacher.instructed:
+            hint = "use `method: sequence`, or `teacher: {instruct: false}` for a model that was trained on the task"
+            wrong(
+                "train.method",
+                "logits are taken on plain prompts, which an instructed teacher does not understand",
+                hint,
+            )
         elif student.model is not None and student.tokenizer != "teacher":
             wrong("student.tokenizer", "logit distillation needs the teacher's tokenizer", "use `tokenizer: teacher`")
     if student.model is not None and student.tokenizer == "teacher" and teacher is not None and teacher.endpoint:
@@ -211,7 +218,7 @@ class _Builder:
             "max_new_tokens": spec.teacher.max_new_tokens,
             "task": task,
             "endpoint": endpoint,
-            "guided": True if spec.teacher.base is not None else None,
+            "guided": spec.teacher.instructed,
         }
         self.add("answers", "data.answer", params, "the teacher answers", inputs | self._local_teacher())
         filters = {
@@ -314,6 +321,12 @@ class _Builder:
             seed=0,
         )
 
+    def _told(self, variant: str) -> dict[str, Any]:
+        """An instructed teacher is judged with the prompts that it labels with."""
+        teacher = self.spec.teacher
+        instructed = teacher is not None and teacher.instructed and variant.startswith("teacher")
+        return {"guided": _json(self.spec.task)} if instructed else {}
+
     def _judge(self) -> None:
         spec, has = self.spec, {step.id for step in self.steps}
         shipped, precision = self.shipped, spec.convert.precision
@@ -331,14 +344,16 @@ class _Builder:
         judged = {"max_new_tokens": spec.evaluate.max_new_tokens, "max_examples": spec.evaluate.max_examples}
         for variant, (step, runtime) in models.items():
             size = 1 if not variant.startswith("teacher") else 0
+            seed = spec.seed if self._told(variant) else 0
             predictions[f"predictions.{variant}"] = self.add(
-                f"predict-{variant}", "evaluate.predict", judged | {"runtime": runtime}, f"{variant} on the test data",
-                {"model": step, "data": "data"}, threads=size, seed=0,
+                f"predict-{variant}", "evaluate.predict", judged | {"runtime": runtime} | self._told(variant),
+                f"{variant} on the test data",
+                {"model": step, "data": "data"}, threads=size, seed=seed,
             )  # fmt: skip
         if self._endpoint() is not None:
             predictions["predictions.teacher-endpoint"] = self.add(
-                "predict-teacher-endpoint", "evaluate.predict_endpoint", judged | {"endpoint": self._endpoint(), "task": _json(spec.task)},
-                "the remote teacher on the test data", {"data": "data"}, seed=0,
+                "predict-teacher-endpoint", "evaluate.predict_endpoint", judged | {"endpoint": self._endpoint()} | self._told("teacher"),
+                "the remote teacher on the test data", {"data": "data"},
             )  # fmt: skip
         measured = {v: m for v, m in models.items() if not v.startswith(("few", "all"))}
         measure = _json(spec.evaluate.measure) | {

@@ -30,8 +30,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         ResourceError: the disk is full; the old file, if any, is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -73,6 +73,8 @@ class Store:
         for entry in artifact.files:
             blob = self._blob(entry.digest)
             source = folder / entry.path
+            if blob.exists() and digest_file(blob) != entry.digest:
+                blob.unlink()  # damaged since it was written
             if not blob.exists():
                 blob.parent.mkdir(parents=True, exist_ok=True)
                 with source.open("rb") as file:

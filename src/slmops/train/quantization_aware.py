@@ -1,9 +1,9 @@
 """Training on weights rounded as the converter will round them (straight-through estimator, arXiv 1308.3432).
 
-The rounding is that of ONNX Runtime's default 4-bit block quantiser, symmetric: in each block of `block_size` weights
-along the input dimension the value of largest size becomes -8 times the scale, so scale = that value / -8 with its sign,
-and each weight becomes clip(floor(w / scale + 8.5), 0, 15) - 8 in float32. Two values of the same size: the negative one
-decides. A block of zeros stays zero. The last block of a row is filled with zeros.
+The rounding is the converter's plain rule: in each block of `block_size` weights along the input dimension the first
+value m of largest size gives the scale s = float16(m / -8), sign included, and each weight becomes
+clip(rint(w / s) + 8, 0, 15) - 8. A block of zeros stays zero. The last block of a row is filled with zeros. A test holds
+this file and the converter's to the same numbers.
 
 A quantised table that is both embedding and output matrix is rounded in the same way, blocks along the hidden dimension.
 The trained weights stay float32: only the forward pass sees the rounded ones.
@@ -36,10 +36,10 @@ def int4_blocks(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, to
     if blocks * block_size != inputs:
         weight = torch.nn.functional.pad(weight, (0, blocks * block_size - inputs))
     grid = weight.reshape(rows, blocks, block_size)
-    high, low = grid.amax(2, keepdim=True), grid.amin(2, keepdim=True)
-    scale = torch.where(high > -low, high, low) / -8.0
-    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
-    return (grid * inverse).add_(8.5).floor_().clamp_(0, 15).sub_(8), scale
+    largest = grid.gather(2, grid.abs().argmax(2, keepdim=True))
+    scale = (largest / -8.0).half().float()
+    steps = torch.where(scale == 0, torch.zeros_like(grid), grid / scale)
+    return steps.round_().add_(8.0).clamp_(0, 15).sub_(8), scale
 
 
 def fake_int4(weight: torch.Tensor, block_size: int) -> torch.Tensor:
