@@ -51,7 +51,11 @@ def table(reports: dict[int, dict[str, Any]]) -> str:
         lines.append(f"| {seed} | " + " | ".join(cells) + f" | {_points(report)} |")
     cells = []
     for name, _short in HEADLINE:
-        values = [r["headline"][name]["value"] for r in reports.values() if (r["headline"].get(name) or {}).get("value") is not None]
+        values = [
+            r["headline"][name]["value"]
+            for r in reports.values()
+            if (r["headline"].get(name) or {}).get("value") is not None
+        ]
         cells.append(f"{100 * mean(values):.1f} %" if values else "")
     lines.append("| mean | " + " | ".join(cells) + " | |")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,13 +30,13 @@ from statistics import median
 from typing import Any
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
-SYSTEMS = ("slmops", "trl")
+NAMES = {"slmops": "slmops", "trl": "TRL", "trainer": "transformers Trainer"}
 SHAPES: dict[str, dict[str, int]] = {  # the decoders, llama, vocabulary 2,048
     "0.7M": {"layers": 2, "hidden": 128, "heads": 4},
     "5M": {"layers": 6, "hidden": 256, "heads": 8},
     "11M": {"layers": 6, "hidden": 384, "heads": 8},
 }
-VOCABULARY, BATCH, VALIDATION = 2048, 64, 256
+VOCABULARY, BATCH, VALIDATION, LONGEST = 2048, 64, 256, 256
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ QUICK = (
     Case("sft 5M", "5M", 256, 1),
     Case("logits 5M to 0.7M", "0.7M", 256, 5, "5M"),
 )
+SAME = Case("one batch", "0.7M", BATCH, 20)  # one batch an epoch: the order of the data cannot matter
 TEACHER = {False: (2048, 3), True: (512, 1)}  # examples and epochs of the teachers, by `--quick`
 
 
@@ -143,7 +145,7 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
     imported = peak_mb()
     folder, case, ctx = Path(job.inputs), job.case, context(job)
     begun, cpu = time.perf_counter(), time.process_time()
-    common = {
+    common: dict[str, Any] = {
         "epochs": case.epochs, "batch_size": BATCH, "precision": job.precision, "holdout": 0.0, "evaluations": 1,
     }  # fmt: skip
     files = (f"data/train-{case.examples}.jsonl",)
@@ -164,17 +166,27 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
         "train_s": facts["seconds"], "cache_s": cached, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
         "imports_mb": imported, "steps": facts["steps"],
     }  # fmt: skip
-    data = encode.encode(encode.read(inputs, files), encode.load_tokenizer(inputs["base"]), 256)
+    data = encode.encode(encode.read(inputs, files), encode.load_tokenizer(inputs["base"]), LONGEST)
     pairs = zip(data.ids, data.answer_tokens.tolist(), strict=True)
     return {**measured, "tokens": fingerprint((ids.tolist(), count) for ids, count in pairs)}
 
 
 def train_trl(job: Job, out: Path) -> dict[str, Any]:
-    """SFTTrainer, or GKDTrainer with lmbda 0 (the given answers) and beta 0 (KL from teacher to student)."""
+    """SFTTrainer, or GKDTrainer with lmbda 0 (the given answers) and beta 0 (KL from teacher to student).
+
+    For the system `trainer`: the plain Trainer of transformers, on the same ids.
+    """
     import torch
     from datasets import Dataset, disable_progress_bars
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
     from trl import SFTConfig, SFTTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -209,34 +221,38 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
         "output_dir": str(out.with_suffix(".trl")), "num_train_epochs": case.epochs, "seed": job.seed,
         "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
         "optim": "adamw_torch_fused", "weight_decay": ours.weight_decay, "adam_beta2": 0.98, "max_grad_norm": ours.clip,
-        "learning_rate": ours.learning_rate, "bf16": job.precision == "bf16", "use_cpu": True, "max_length": 256,
+        "learning_rate": ours.learning_rate, "bf16": job.precision == "bf16", "use_cpu": True,
         "train_sampling_strategy": "group_by_length", "dataloader_num_workers": 0, "dataloader_pin_memory": False,
         "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
         "disable_tqdm": True,
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "data" / f"train-{case.examples}.jsonl").open(encoding="utf-8")]
     clock = Clock()
+    common: dict[str, Any] = {"model": load(student), "processing_class": tokenizer, "callbacks": [clock]}
+    trainer: Any
     if case.teacher:
         # GKDTrainer renders and tokenises each batch in every epoch unless the ids are there: so they are.
-        data = []
-        for row in rows:
-            prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
-            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            head = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            data.append({"input_ids": ids, "labels": [-100] * head + ids[head:], "length": len(ids)})
-        trainer: Any = GKDTrainer(
-            model=load(student), teacher_model=load(folder / f"teacher-{case.teacher}"),
-            args=GKDConfig(**settings, lmbda=0.0, beta=0.0, temperature=1.0), train_dataset=Dataset.from_list(data),
+        trainer = GKDTrainer(
+            teacher_model=load(folder / f"teacher-{case.teacher}"),
+            args=GKDConfig(**settings, max_length=LONGEST, lmbda=0.0, beta=0.0, temperature=1.0),
+            train_dataset=Dataset.from_list(tokenise(rows, tokenizer)),
             data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
-            processing_class=tokenizer, callbacks=[clock],
-        )  # fmt: skip
+            **common,
+        )
+    elif job.system == "trainer":
+        trainer = Trainer(
+            args=TrainingArguments(**settings),
+            train_dataset=Dataset.from_list(tokenise(rows, tokenizer)),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            **common,
+        )
     else:
         asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
         trainer = SFTTrainer(
-            model=load(student), args=SFTConfig(**settings, completion_only_loss=True),
-            train_dataset=Dataset.from_list(asked), processing_class=tokenizer, callbacks=[clock],
-        )  # fmt: skip
+            args=SFTConfig(**settings, max_length=LONGEST, completion_only_loss=True),
+            train_dataset=Dataset.from_list(asked),
+            **common,
+        )
     schedule = Schedule.of(ours, case.examples)
     trainer.create_optimizer()
     trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: schedule.learning_rate(step) / ours.learning_rate)
@@ -249,6 +265,18 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
     }  # fmt: skip
     pairs = ((row["input_ids"], sum(label != -100 for label in row["labels"])) for row in trainer.train_dataset)
     return {**measured, "tokens": fingerprint(pairs)}
+
+
+def tokenise(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows of ids and labels; the prompt has no label."""
+    found = []
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        head = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        found.append({"input_ids": ids, "labels": [-100] * head + ids[head:], "length": len(ids)})
+    return found
 
 
 def fingerprint(rows: Iterable[tuple[list[int], int]]) -> str:
@@ -282,7 +310,7 @@ def score(job: Job, out: Path) -> dict[str, float]:
     folder = Path(job.inputs)
     inputs = {"data": folder / "data"}
     tokenizer = encode.load_tokenizer(folder / "tokenizer")
-    data = encode.encode(encode.read(inputs, ("data/validation.jsonl",)), tokenizer, 256)
+    data = encode.encode(encode.read(inputs, ("data/validation.jsonl",)), tokenizer, LONGEST)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     teacher: Any = None
     if job.case.teacher:
@@ -361,12 +389,13 @@ def summary(case: Case, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
         for system, rows in runs.items()
     }
     ratios: dict[str, Any] = {}
-    for name in ("examples_per_s", "whole_examples_per_s", "whole_cpu_s", "peak_mb"):
-        rounds = [a[name] / b[name] for a, b in zip(runs["slmops"], runs["trl"], strict=True)]
-        ratios[name] = {
-            "value": middle["slmops"][name] / middle["trl"][name], "low": min(rounds), "high": max(rounds),
-        }  # fmt: skip
-    return {**asdict(case), "batch_size": BATCH, "median": middle, "ratio_slmops_to_trl": ratios, "rounds": runs}
+    for other in list(runs)[1:]:
+        ratios[other] = {}
+        for name in ("examples_per_s", "whole_s", "whole_cpu_s", "peak_mb"):
+            rounds = [a[name] / b[name] for a, b in zip(runs["slmops"], runs[other], strict=True)]
+            value = middle["slmops"][name] / middle[other][name]
+            ratios[other][name] = {"value": value, "low": min(rounds), "high": max(rounds)}
+    return {**asdict(case), "batch_size": BATCH, "median": middle, "slmops_to": ratios, "rounds": runs}
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -376,34 +405,36 @@ def table(cases: list[dict[str, Any]]) -> str:
         "| --- | --- |" + " ---: |" * 8,
     ]
     for case in cases:
-        for system in SYSTEMS:
-            m = case["median"][system]
+        for system, m in case["median"].items():
             cells = [
                 f"{m['examples_per_s']:,.1f}", f"{m['cache_s']:.1f}" if m["cache_s"] else "", f"{m['train_s']:.1f}",
                 f"{m['whole_s']:.1f}", f"{m['whole_cpu_s']:.1f}", f"{m['peak_mb']:,.0f}", f"{m['loss']:.4f}",
                 f"{m['kl']:.4f}" if "kl" in m else "",
             ]  # fmt: skip
-            lines.append(f"| {case['name'] if system == 'slmops' else ''} | {system} | " + " | ".join(cells) + " |")
-        speed, whole, cpu, memory = (
-            case["ratio_slmops_to_trl"][k] for k in ("examples_per_s", "whole_examples_per_s", "whole_cpu_s", "peak_mb")
-        )
-        cells = [
-            f"**×{speed['value']:.2f}** ({speed['low']:.2f}–{speed['high']:.2f})",
-            "",
-            "",
-            f"×{1 / whole['value']:.2f}",
-        ]
-        cells += [f"×{cpu['value']:.2f}", f"×{memory['value']:.2f}", "", ""]
-        lines.append("| | slmops / TRL | " + " | ".join(cells) + " |")
+            lines.append(
+                f"| {case['name'] if system == 'slmops' else ''} | {NAMES[system]} | " + " | ".join(cells) + " |"
+            )
+        for other, ratio in case["slmops_to"].items():
+            speed = ratio["examples_per_s"]
+            cells = [f"**×{speed['value']:.2f}** ({speed['low']:.2f}–{speed['high']:.2f})", "", ""]
+            cells += [f"×{ratio[name]['value']:.2f}" for name in ("whole_s", "whole_cpu_s", "peak_mb")]
+            lines.append(f"| | slmops / {NAMES[other]} | " + " | ".join([*cells, "", ""]) + " |")
     return "\n".join(lines)
 
 
-def check_same(case: Case, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Both sides must have made the same number of steps over the same tokens."""
+def check_same(case: Case, results: dict[str, dict[str, Any]], tolerance: float | None = None) -> None:
+    """All sides must have made the same number of steps over the same tokens, and learned the same where that is due.
+
+    Args:
+        tolerance: how far the validation losses may lie apart; None: not looked at.
+    """
     for name in ("steps", "tokens"):
-        values = {system: runs[system][-1][name] for system in SYSTEMS}
+        values = {system: result[name] for system, result in results.items()}
         if len(set(values.values())) > 1:
-            raise SystemExit(f"{case.name}: the two sides differ in {name}, so nothing can be compared: {values}")
+            raise SystemExit(f"{case.name}: the sides differ in {name}, so nothing can be compared: {values}")
+    losses = {system: result["loss"] for system, result in results.items()}
+    if tolerance is not None and max(losses.values()) - min(losses.values()) > tolerance:
+        raise SystemExit(f"{case.name}: the sides do not learn the same: validation losses {losses}")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -425,7 +456,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - begun:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    made_of = json.dumps([SHAPES, [asdict(c) for c in cases], TEACHER[options.quick], options.seed, VOCABULARY])
+    made_of = json.dumps(
+        [SHAPES, [asdict(c) for c in [*cases, SAME]], TEACHER[options.quick], options.seed, VOCABULARY]
+    )
     inputs = BUILD / f"inputs-{hashlib.sha256(made_of.encode()).hexdigest()[:10]}"
     if not (inputs / "done").exists():
         say("making data, tokenizer, first weights and teachers (kept for the next time)")
@@ -433,25 +466,33 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         job = Job(
             "setup", cases[0], str(inputs), str(BUILD / "setup"), options.threads, options.precision, options.seed
         )
-        more = ["--setup", json.dumps([asdict(c) for c in cases]), *(["--quick"] if options.quick else [])]
+        more = ["--setup", json.dumps([asdict(c) for c in [*cases, SAME]]), *(["--quick"] if options.quick else [])]
         start(job, more, options.threads, BUILD / "setup.log")
         (inputs / "done").touch()
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {c.name: {s: [] for s in SYSTEMS} for c in cases}
+    systems = ("slmops", "trl", *(("trainer",) if options.trainer else ()))
+
+    def one(system: str, case: Case, label: str) -> dict[str, Any]:
+        shutil.rmtree(BUILD / "work", ignore_errors=True)
+        out = str(BUILD / "work" / "model")
+        job = Job(system, case, str(inputs), out, options.threads, options.precision, options.seed)
+        result = start(job, [], options.threads, BUILD / f"{system}.log")
+        say(
+            f"{label}  {case.name:<20} {NAMES[system]:<7} {result['examples_per_s']:8.1f} examples/s"
+            f"  {result['peak_mb']:6.0f} MB  validation loss {result['loss']:.4f}"
+        )
+        return result
+
+    same = {system: one(system, SAME, "check") for system in systems}
+    check_same(SAME, same, 1e-3 if options.precision == "fp32" else 3e-2)
+    found["same_batches_validation_loss"] = {system: result["loss"] for system, result in same.items()}
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {
+        case.name: {system: [] for system in systems if system != "trainer" or not case.teacher} for case in cases
+    }
     for number in range(rounds):
         for case in cases:
-            for system in SYSTEMS:
-                work_in = BUILD / "work"
-                shutil.rmtree(work_in, ignore_errors=True)
-                job = Job(
-                    system, case, str(inputs), str(work_in / "model"), options.threads, options.precision, options.seed
-                )
-                result = start(job, [], options.threads, BUILD / f"{system}.log")
-                runs[case.name][system].append(result)
-                say(
-                    f"round {number + 1}/{rounds}  {case.name:<20} {system:<7} {result['examples_per_s']:8.1f} examples/s"
-                    f"  {result['peak_mb']:6.0f} MB  validation loss {result['loss']:.4f}"
-                )
-            check_same(case, runs[case.name])
+            for system, results in runs[case.name].items():
+                results.append(one(system, case, f"round {number + 1}/{rounds}"))
+            check_same(case, {system: results[-1] for system, results in runs[case.name].items()})
     shutil.rmtree(BUILD / "work", ignore_errors=True)
     found["cases"] = [summary(case, runs[case.name]) for case in cases]
     found["seconds"] = round(time.perf_counter() - begun, 1)
@@ -465,6 +506,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of both sides")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these")
+    parser.add_argument("--trainer", action="store_true", help="also the plain Trainer of transformers, for SFT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=BUILD / "training.json", help="where the numbers go")
     for hidden in ("--worker", "--result", "--setup"):
@@ -480,13 +522,15 @@ def main() -> None:
             result = work(job)
         Path(options.result).write_text(json.dumps(result), "utf-8")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is stopped too
     found = measure(options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(table(found["cases"]))
-    print(
-        f"\n{found['machine']['cpu']}, {options.threads} threads, {options.precision}, load before {found['machine']['load_before']}"
-    )
+    host, same = found["machine"], found["same_batches_validation_loss"]
+    losses = ", ".join(f"{NAMES[system]} {loss:.6f}" for system, loss in same.items())
+    print(f"\nValidation loss after {SAME.epochs} steps on one and the same batch: {losses}.")
+    print(f"{host['cpu']}, {options.threads} threads, {options.precision}, load before {host['load_before']}")
     print(f"wrote {options.json}")
 
 

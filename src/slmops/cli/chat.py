@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, seconds
+from slmops.cli.common import json_argument, open_project, project_arguments, say, seconds
 from slmops.errors import ModelError, UsageError
 
 HELP = "talk to the result in the terminal; each line of standard input is a message"
 
-EPILOG = "Messages may also be piped in, one a line. Ctrl-D ends."
+EPILOG = (
+    "Messages may also be piped in, one a line. Ctrl-D ends. With --json every answer is one JSON object on a line."
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,15 +74,14 @@ def run(options: argparse.Namespace) -> int:
                 continue
             turns.append({"role": "assistant", "content": answer.text})
             if options.json:
-                print_json(
-                    {
-                        "message": text,
-                        "answer": answer.text,
-                        "tokens": len(answer.tokens),
-                        "finished": answer.finished,
-                        "seconds": round(answer.total_s, 5),
-                    }
-                )
+                row = {
+                    "message": text,
+                    "answer": answer.text,
+                    "tokens": len(answer.tokens),
+                    "finished": answer.finished,
+                    "seconds": round(answer.total_s, 5),
+                }
+                print(json.dumps(row, ensure_ascii=False), flush=True)
             else:
                 if options.messages:
                     print(f"> {text}")

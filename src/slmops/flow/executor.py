@@ -211,6 +211,7 @@ class LocalExecutor:
     def __init__(self, preload: tuple[str, ...] = ("torch", "transformers", "numpy")) -> None:
         # Waiting threads sleep instead of spinning: on a machine that does other work too, spinning costs a multiple.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars would run through ours; read when imported
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["slmops.flow.executor", *preload])
         self._running: dict[Connection, _Running] = {}
