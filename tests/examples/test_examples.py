@@ -43,7 +43,9 @@ def test_a_preset_is_valid_and_its_parts_fit_each_other(path: Path):
     assert spec.student.tokenizer == "teacher", "its distributions are over its own vocabulary"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name != "snips"], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_the_student_has_less_than_a_twentieth_of_the_weights(path: Path):
     spec = read(path)
     assert spec.teacher and spec.teacher.model and spec.student.model

@@ -6,9 +6,10 @@ run, and what comes out has a config that parses and a tokenizer beside it.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slmops.core import method
@@ -37,7 +38,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         if not source.is_dir():
             raise ModelError(f"{source} is not a folder", "give the folder that holds config.json")
     else:
-        source = _download(params.model, ctx.scratch / "hub")
+        source = _download(params.model, ctx)
     _check(source, params.model)
     taken = sorted({path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})
     for path in taken:
@@ -60,31 +61,80 @@ def _check(source: Path, name: str) -> None:
         raise ModelError(
             f"{name}: {architectures or 'no architecture'} does not write text", "give a causal language model"
         )
-    if not list(source.glob("*.safetensors")):
-        pickles = [path.name for path in source.glob("*.bin")]
-        hint = (
-            "convert it to safetensors first: a pickle can run code when it is loaded" if pickles else "fetch it whole"
-        )
-        raise ModelError(f"{name}: no safetensors weights in it", hint)
+    _check_weights([path.name for path in source.iterdir()], name)
+    parts = _parts(source / "model.safetensors.index.json", name)
+    missing = sorted(part for part in parts if not (source / part).is_file())
+    if missing:
+        raise ModelError(f"{name}: {', '.join(missing[:3])} of its weights missing", "fetch the model again")
     if not (source / "tokenizer.json").is_file():
         raise ModelError(f"{name}: there is no tokenizer.json in it", "save the tokenizer beside the model")
 
 
-def _download(name: str, folder: Path) -> Path:
+def _check_weights(names: Sequence[str], name: str) -> None:
+    if any(file.endswith(".safetensors") for file in names):
+        return
+    pickles = any(file.endswith((".bin", ".pt", ".pth")) for file in names)
+    hint = "convert it to safetensors first: a pickle can run code when it is loaded" if pickles else "fetch it whole"
+    raise ModelError(f"{name}: no safetensors weights in it", hint)
+
+
+def _parts(index: Path, name: str) -> set[str]:
+    """The files that the index of split weights names; none where there is no index."""
+    if not index.is_file():
+        return set()
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        return {str(part) for part in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{name}: {index.name} does not name its files", "fetch the model again") from None
+
+
+def _download(name: str, ctx: Context) -> Path:
+    """The model's files from one commit, in the step's scratch folder: a download that was cut goes on there."""
+    try:
+        import huggingface_hub as hub
     except ImportError:
         raise MissingExtraError("huggingface_hub", "hub") from None
     repository, _, revision = name.removeprefix("hf:").partition("@")
+    folder = ctx.scratch / "hub"
     try:
-        path = snapshot_download(repository, revision=revision or None, allow_patterns=list(PATTERNS), local_dir=folder)
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{name}: the hub has no such model, or it needs a login", "check the name; set HF_TOKEN"
-        ) from None
-    except LocalEntryNotFoundError as error:
-        raise ModelError(f"{name}: the hub cannot be reached", "check the network, or give a local folder") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{name}: download failed: {error}", "run again: finished files are kept") from error
-    return Path(path)
+        info = hub.HfApi().model_info(repository, revision=revision or None)
+        names = [file.rfilename for file in info.siblings or ()]
+        wanted = [file for file in names if any(fnmatch.fnmatch(file, p) for p in PATTERNS) and "/" not in file]
+        _check_weights([file for file in names if "/" not in file], name)
+        ctx.progress.start(f"downloading {name}", len(wanted), "files")
+        for file in wanted:
+            hub.hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
+            ctx.progress.advance(note=file)
+        ctx.progress.stop()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _wrapped(error, name) from error
+    return folder
+
+
+def _wrapped(error: BaseException, name: str) -> ModelError:
+    """What the hub's client met, in our words. Its HTTP library differs by version, so classes are told by name."""
+    kinds: set[str] = set()
+    walk: BaseException | None = error
+    while walk is not None:
+        kinds |= {kind.__name__ for kind in type(walk).__mro__}
+        walk = walk.__cause__ or walk.__context__
+    for kind, message, hint in _KNOWN:
+        if kind in kinds:
+            return ModelError(f"{name}: {message}", hint)
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return ModelError(f"{name}: download failed: {text}", "run again: finished files are kept")
+
+
+_OFFLINE = ("the hub cannot be reached", "check the network and HF_ENDPOINT, or give a local folder")
+_KNOWN: tuple[tuple[str, str, str], ...] = (
+    ("GatedRepoError", "the model is gated", "ask for access on its page, then set HF_TOKEN or run: hf auth login"),
+    ("RepositoryNotFoundError", "the hub has no such model, or it needs a login", "check the name; set HF_TOKEN"),
+    ("RevisionNotFoundError", "the model has no such revision", "check what stands after the @"),
+    ("HFValidationError", "is not the name of a model", "write hf:ORG/NAME or hf:ORG/NAME@REVISION"),
+    ("OfflineModeIsEnabled", *_OFFLINE),
+    ("ConnectError", *_OFFLINE),
+    ("ConnectionError", *_OFFLINE),
+    ("TimeoutException", *_OFFLINE),
+)

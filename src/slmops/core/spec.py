@@ -324,7 +324,7 @@ class Measure(Value):
 
     prompts: Positive = Field(50, description="test prompts, chosen by digest")
     rounds: Positive = Field(3, description="times each variant's process runs")
-    threads: NonNegative = Field(0, description="0: all cores")
+    threads: NonNegative = Field(1, description="the same for every variant; 0: all cores")
 
 
 class Evaluate(Value):

@@ -186,7 +186,7 @@ class _Builder:
         size = parameters(model, teacher.tokenizer.vocabulary)
         self.add(
             "teacher", "train.sft", params, f"train the teacher ({size / 1e6:.1f} M parameters)",
-            {"data": "data", "tokenizer": "teacher-tokenizer"}, seed=seed, threads=1 if size < SMALL else 0,
+            {"data": "data", "tokenizer": "teacher-tokenizer"}, seed=seed, threads=self._teacher_threads(),
         )  # fmt: skip
 
     def _tokenizer(self, id: str, tokenizer: TokenizerSpec) -> str:
@@ -195,6 +195,12 @@ class _Builder:
 
     def _local_teacher(self) -> dict[str, str]:
         return {"teacher": "teacher"} if any(step.id == "teacher" for step in self.steps) else {}
+
+    def _teacher_threads(self) -> int:
+        """One thread for a teacher that is small enough to be trained here, all of them for another."""
+        teacher = self.spec.teacher
+        model = teacher.model if teacher is not None else None
+        return 1 if teacher and model and parameters(model, teacher.tokenizer.vocabulary) < SMALL else 0
 
     def _endpoint(self) -> Any:
         teacher = self.spec.teacher
@@ -208,7 +214,8 @@ class _Builder:
             generate = {"generate": _json(synthesize.generate), "task": task, "endpoint": endpoint}
             what = f"{synthesize.generate.count} new prompts ({synthesize.generate.method})"
             template = synthesize.generate.method == "template"
-            self.add("prompts", "data.generate", generate, what, inputs | ({} if template else self._local_teacher()))
+            sources = inputs | ({} if template else self._local_teacher())
+            self.add("prompts", "data.generate", generate, what, sources, threads=self._teacher_threads())
             inputs = inputs | {"prompts": "prompts"}
         if spec.teacher is None or not (synthesize.label_pool or synthesize.generate is not None):
             return
@@ -221,7 +228,8 @@ class _Builder:
             "endpoint": endpoint,
             "guided": spec.teacher.instructed,
         }
-        self.add("answers", "data.answer", params, "the teacher answers", inputs | self._local_teacher())
+        inputs = inputs | self._local_teacher()
+        self.add("answers", "data.answer", params, "the teacher answers", inputs, threads=self._teacher_threads())
         filters = {
             "filters": _json(synthesize.filters),
             "overlap": _json(spec.data.overlap),
@@ -280,6 +288,7 @@ class _Builder:
                 cache,
                 "one teacher pass: its distributions, cached",
                 taught | {"teacher": "teacher"},
+                threads=self._teacher_threads(),
             )
             params = {"training": _json(spec.train), "files": files} | common
             self.add(
@@ -344,7 +353,7 @@ class _Builder:
         predictions = {}
         judged = {"max_new_tokens": spec.evaluate.max_new_tokens, "max_examples": spec.evaluate.max_examples}
         for variant, (step, runtime) in models.items():
-            size = 1 if not variant.startswith("teacher") else 0
+            size = self._teacher_threads() if variant.startswith("teacher") else 1
             seed = spec.seed if self._told(variant) else 0
             predictions[f"predictions.{variant}"] = self.add(
                 f"predict-{variant}", "evaluate.predict", judged | {"runtime": runtime} | self._told(variant),

@@ -14,7 +14,7 @@ from pathlib import Path
 from slmops.errors import UsageError
 
 TEMPLATE = "support_desk_project"
-MESSAGES = 8000
+MESSAGES = 6000
 
 
 def project_name(name: str) -> str:

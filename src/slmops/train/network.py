@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 2e-4
 
+ROWS = 64
+"""Rows whose number differs from batch to batch are filled up to a multiple of this: the CPU library compiles and keeps a
+kernel for every shape it meets, which costs time and, over thousands of batches, gigabytes."""
+
 
 def build(architecture: Architecture, tokenizer: Any, seed: int) -> Any:
     """A float32 Hugging Face model with random weights that depend on `seed` alone."""
@@ -183,7 +187,9 @@ class Network:
         if self.bf16:
             hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
             bias = bias.to(torch.bfloat16) if bias is not None else None
-        return torch.nn.functional.linear(hidden, head, bias).float()
+        count = hidden.shape[0]
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -count % ROWS))
+        return torch.nn.functional.linear(hidden, head, bias)[:count].float()
 
     def hidden(self, weights: Weights, part: Part, dropout: float = 0.0) -> torch.Tensor:
         """(P, hidden) final hidden states at `part.where`, after the last norm."""
@@ -245,6 +251,8 @@ class Network:
             a, b = x.float().chunk(2, -1)
             return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
+        count = part.where.shape[0]
+        where = F.pad(part.where, (0, -count % ROWS))
         x = F.dropout(F.embedding(part.ids, weights[self.embedding]), dropout)
         for layer in range(config.num_hidden_layers):
             here = f"{self.prefix}layers.{layer}."
@@ -261,9 +269,9 @@ class Network:
             )  # fmt: skip
             attended = attended.transpose(1, 2).reshape(rows, width, heads * size).to(low)
             if layer == config.num_hidden_layers - 1:
-                attended, x = attended.flatten(0, 1)[part.where], x.flatten(0, 1)[part.where]
+                attended, x = attended.flatten(0, 1)[where], x.flatten(0, 1)[where]
             x = x + F.dropout(linear(attended, here + "self_attn.o_proj").float(), dropout)
             h = norm(x, here + "post_attention_layernorm").to(low)
             h = F.silu(linear(h, here + "mlp.gate_proj")) * linear(h, here + "mlp.up_proj")
             x = x + F.dropout(linear(h, here + "mlp.down_proj").float(), dropout)
-        return norm(x, self.prefix + "norm")
+        return norm(x[:count], self.prefix + "norm")
