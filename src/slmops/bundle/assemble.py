@@ -82,6 +82,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     )
     report = json.loads((inputs["report"] / "report.json").read_text())
     info = read_json(inputs["data"] / "info.json") or {}
+    digests = {name: part["digest"] for name, part in info.get("files", {}).items()}
     manifest = Manifest(
         name=params.name,
         version=params.version,
@@ -93,7 +94,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         chat_template=ChatTemplate(messages=tuple(messages), token_ids=tuple(ids)),
         limits=Limits(context_tokens=context, max_new_tokens=params.max_new_tokens),
         verdict=str(report.get("verdict", "")),
-        provenance={"slmops": slmops.__version__, "data": info.get("digests", {})},
+        provenance={"slmops": slmops.__version__, "data": digests},
         licences={"model": params.licence or "unstated"},
     )
     (out / NAME).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")

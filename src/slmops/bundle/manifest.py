@@ -111,8 +111,9 @@ def verify(folder: Path) -> Manifest:
     """
     manifest = load(folder)
     for file in manifest.files:
-        path = folder / file.path
-        if ".." in Path(file.path).parts or Path(file.path).is_absolute() or path.is_symlink():
+        path, inside = folder / file.path, Path(file.path)
+        linked = any((folder / part).is_symlink() for part in (inside, *inside.parents[:-1]))
+        if ".." in inside.parts or inside.is_absolute() or linked:
             raise IntegrityError(f"{folder}: the manifest names {file.path}", "do not use this bundle")
         if not path.is_file():
             raise IntegrityError(f"{folder}: {file.path} is missing", "make or fetch the bundle again")

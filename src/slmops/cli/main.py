@@ -63,6 +63,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    try:
+        return _main(arguments)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _nobody_reads()
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     try:
         code: int = options.call(options)
@@ -75,12 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nstopped; finished steps are kept, run again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _nobody_reads()
         return 0
     except Exception as error:
         if options.debug:
             raise
         return _tell(_foreign(error))
+
+
+def _nobody_reads() -> None:
+    """Whoever read our output went away, as in `slmops plan | head -1`: that is no error, the rest goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell(error: SlmopsError) -> int:

@@ -21,7 +21,7 @@ from slmops.engines.answers import Answer, Messages
 from slmops.errors import ModelError, UsageError
 from slmops.store.files import read_json, write_atomic
 
-PART = 256
+PART = 2048
 """Prompts that a local teacher answers between two saves."""
 
 
