@@ -52,7 +52,7 @@ check: lint
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --durations=12
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/training.py

@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: seconds, disk, memory, downloads.
 
-A step that ran before costs what it cost then. Training is estimated from parameters and tokens with speeds measured on
-one 2-core machine (stated below), so these are orders of magnitude, shown with `~`, never promises.
+Training is estimated by `slmops.train.estimate` from parameters and tokens; other steps by what they took on one small
+machine. These are orders of magnitude, shown with `~`, never promises.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmops.core.spec import Architecture, Training
-from slmops.flow.planner import parameters
 from slmops.flow.state import State, Status
 from slmops.store.files import read_json
+from slmops.train.estimate import estimate as training_estimate
 
-TRAIN_FLOP_PER_S = 60e9
-"""Useful floating-point operations per second while training, two cores, measured on models of 0.5 to 12 M parameters."""
-
-STEP_OVERHEAD_S = 0.02
-"""Seconds per optimiser step that do not depend on the model's size."""
+VOCABULARY = 2048
+"""Taken for every tokeniser: what a few thousand entries more or less cost is within the guess."""
 
 RUNTIME_BYTES = 700_000_000
 """Resident bytes of Python with torch and transformers loaded."""
@@ -81,6 +78,7 @@ def estimate(state: State, status: Status, survey: Sequence[Status]) -> Cost:
         Training.model_validate(_only(training), strict=False),
         Architecture.model_validate(architecture, strict=False),
         _examples(state, status, survey),
+        state.threads(step),
     )
 
 
@@ -104,12 +102,9 @@ def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | N
     return sum(int(counts.get(names.get(name, ""), 0)) for name in status.step.params.get("files", []))
 
 
-def _training(training: Training, architecture: Architecture, examples: int | None) -> Cost:
-    size = parameters(architecture, 2048)
-    memory = RUNTIME_BYTES + 16.0 * size + 40.0 * training.batch_size * 32 * architecture.hidden * architecture.layers
-    disk = 16.0 * size
+def _training(training: Training, architecture: Architecture, examples: int | None, threads: int) -> Cost:
+    guess = training_estimate(architecture, VOCABULARY, training, examples or 1, threads=threads)
+    disk = guess.disk_bytes + guess.model_bytes
     if examples is None:
-        return Cost(0.0, disk, memory, unknown=True)
-    steps = min(training.max_steps or 10**9, max(1, round(training.epochs * examples / training.batch_size)))
-    tokens = steps * training.batch_size * 18
-    return Cost(steps * STEP_OVERHEAD_S + 6.0 * size * tokens / TRAIN_FLOP_PER_S, disk, memory)
+        return Cost(0.0, disk, guess.memory_bytes, unknown=True)
+    return Cost(guess.seconds, disk, guess.memory_bytes)

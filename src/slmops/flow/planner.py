@@ -16,6 +16,7 @@ from typing import Any
 from slmops.core.spec import Architecture, Spec, TokenizerSpec, Training
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
+from slmops.train.estimate import parameters
 
 SMALL = 30_000_000
 """Models below this many parameters do not gain from a second thread; they train beside each other instead. Measured on
@@ -110,18 +111,6 @@ _NEEDS_TEACHER = ("accuracy_retained", "inference_time_reduction", "memory_reduc
 
 def _json(value: Any) -> Any:
     return value.model_dump(mode="json")
-
-
-def parameters(architecture: Architecture, vocabulary: int) -> int:
-    """Weights of a model made from an architecture (shared tables counted once)."""
-    a = architecture
-    heads_width = a.hidden // a.heads
-    kv = (a.kv_heads or a.heads) * heads_width
-    ffn = a.ffn or -(-(a.hidden * 8 // 3) // 32) * 32
-    layer = 2 * a.hidden * a.hidden + 2 * a.hidden * kv + 3 * a.hidden * ffn + 2 * a.hidden
-    if a.type == "qwen3":
-        layer += 2 * heads_width
-    return vocabulary * a.hidden * (1 if a.tie_embeddings else 2) + a.layers * layer + a.hidden
 
 
 def _is_hub(path: str) -> bool:
@@ -229,7 +218,10 @@ class _Builder:
             "guided": spec.teacher.instructed,
         }
         inputs = inputs | self._local_teacher()
-        self.add("answers", "data.answer", params, "the teacher answers", inputs, threads=self._teacher_threads())
+        chance = synthesize.votes > 1 or spec.teacher.instructed  # else greedy answers to plain prompts
+        seed = spec.seed if chance else 0
+        about = "the teacher answers"
+        self.add("answers", "data.answer", params, about, inputs, seed=seed, threads=self._teacher_threads())
         filters = {
             "filters": _json(synthesize.filters),
             "overlap": _json(spec.data.overlap),
