@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do the action."""
     from slmops.flow.state import State
-    from slmops.store.files import exclusive, read_json
+    from slmops.store.files import exclusive, read_json, remove_tree
 
     project = open_project(options)
     state = State(project)
@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
             print("\n".join(digest[7:19] for digest in unneeded) or "nothing to remove")
             return 0
         removed, freed = store.gc(keep)
+        remove_tree(state.root / "scratch")
         print(f"{removed} artifacts removed, {size(freed)} freed")
     return 0
 

@@ -146,6 +146,7 @@ class _Run:
                 if status.output is not None and status.key is not None and status.parts is not None:
                     self.waiting.remove(step)
                     self.state.remember(step, status.parts)
+                    remove_tree(self.state.root / "scratch" / status.key)  # left where a kill came after the record
                     self._done(step, status.output, self.state.record(status.key) or {})
                     self.watcher.cached(step)
                     progress = True
