@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
+REPORT ?= $(DEMO)/outputs/$(notdir $(DEMO))/report.html
 
 
 .PHONY: demo test check bench docs lint clean
@@ -59,7 +60,9 @@ bench: $(VENV)/.bench
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
-	$(BIN)/python docs/screenshot.py
+	$(BIN)/python docs/report_schema.py
+	@if [ -f "$(REPORT)" ]; then $(BIN)/python docs/screenshot.py "$(REPORT)" docs/images; \
+	else echo "no $(REPORT): pictures are left as they are (make demo writes one, or give REPORT=…)"; fi
 
 clean:
 	rm -rf $(DEMO) build dist
