@@ -27,7 +27,7 @@ from slmops.store.files import read_json
 
 DECLARATION = Declaration(
     name="bundle.assemble",
-    version="1",
+    version="2",
     makes="bundle",
     takes={"model": "model", "report": "report", "data": "dataset"},
     extra="runtime",

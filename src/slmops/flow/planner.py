@@ -203,8 +203,8 @@ class _Builder:
             generate = {"generate": _json(synthesize.generate), "task": task, "endpoint": endpoint}
             what = f"{synthesize.generate.count} new prompts ({synthesize.generate.method})"
             template = synthesize.generate.method == "template"
-            sources = inputs | ({} if template else self._local_teacher())
-            self.add("prompts", "data.generate", generate, what, sources, threads=self._teacher_threads())
+            asked = inputs | ({} if template else self._local_teacher())
+            self.add("prompts", "data.generate", generate, what, asked, threads=self._teacher_threads())
             inputs = inputs | {"prompts": "prompts"}
         if spec.teacher is None or not (synthesize.label_pool or synthesize.generate is not None):
             return

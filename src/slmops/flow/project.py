@@ -63,12 +63,13 @@ class Project:
         Raises:
             SpecError: stages that do not fit each other, all of them at once, with their lines.
         """
-        from slmops.flow.planner import check, plan
+        from slmops.flow.planner import plan
 
-        problems = check(self.spec)
-        if problems:
-            raise SpecError([self.places.find(problem) if self.places else problem for problem in problems], SEE)
-        return plan(self.spec)
+        try:
+            return plan(self.spec)
+        except SpecError as error:
+            problems = [self.places.find(problem) if self.places else problem for problem in error.problems]
+            raise SpecError(problems, SEE) from None
 
     @property
     def state(self) -> Path:
