@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from slmops.train.encode import Encoded, Ints
 
-POOL = 32  # batches whose examples are sorted by length together
+POOL = 8
+"""Batches whose examples are sorted by length together. More pad less, but batches of look-alikes teach worse: on 2,400
+messages in batches of 16, 32 cost 4 points of exact match against 8, and 1 gains nothing more but takes 13 % longer."""
 
 
 @dataclass(frozen=True)

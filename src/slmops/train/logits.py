@@ -35,7 +35,7 @@ TAIL = 1e-7  # least mass outside the list: float32 cannot tell less from nothin
 
 DECLARATION = Declaration(
     name="train.logits",
-    version="1",
+    version="2",
     makes="model",
     takes={"logits": "logits", "data": "dataset", "synthetic?": "dataset", "tokenizer?": "tokenizer", "base?": "model"},
     extra="train",

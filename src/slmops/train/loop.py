@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     LossFunction = Callable[[torch.Tensor, Part], torch.Tensor]
 
-VERSION = "1"
+VERSION = "2"
 EVERY_S = 20.0
 POINTS = 200
 BLOCKS = "▁▂▃▄▅▆▇█"

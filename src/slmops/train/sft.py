@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 DECLARATION = Declaration(
     name="train.sft",
-    version="1",
+    version="2",
     makes="model",
     takes={"data": "dataset", "synthetic?": "dataset", "tokenizer?": "tokenizer", "base?": "model"},
     extra="train",
