@@ -18,11 +18,11 @@ import slmops.engines
 from slmops.core.spec import Endpoint, Task
 from slmops.core.validity import AnswerRules, Shape
 from slmops.data import answer
-from slmops.data.jsonl import read_rows
 from slmops.data.teacher import PART, Answer, EngineTeacher
 from slmops.engines.memory_engine import MemoryEngine
 from slmops.engines.stand_in import StandIn
 from slmops.errors import DataError, UsageError
+from slmops.store.rows import read_rows
 
 LABELS = ["refund", "parcel", "none"]
 TASK = Task(type="classification", instruction="Pick a label.", labels=tuple(LABELS), out_of_scope="none")

@@ -8,9 +8,9 @@ import pytest
 
 from slmops.core.spec import Endpoint, Filters, Overlap, Task
 from slmops.data import filter as data_filter
-from slmops.data.jsonl import read_rows, write_rows
 from slmops.engines.stand_in import StandIn
 from slmops.errors import DataError, LeakError
+from slmops.store.rows import read_rows, write_rows
 
 LABELS = ["refund", "parcel"]
 TASK = Task(type="classification")

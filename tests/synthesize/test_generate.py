@@ -14,11 +14,11 @@ from slmops.core.engine import Generation
 from slmops.core.prompting import read_list, read_verdict
 from slmops.core.spec import Endpoint, Generate, Task
 from slmops.data import generate
-from slmops.data.jsonl import read_rows
 from slmops.data.teacher import EngineTeacher
 from slmops.engines.memory_engine import END, MemoryEngine
 from slmops.engines.stand_in import StandIn
 from slmops.errors import DataError, UsageError
+from slmops.store.rows import read_rows
 
 TASK = Task(type="classification")
 WORDS = [f"word{n}" for n in range(40)]

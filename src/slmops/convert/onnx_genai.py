@@ -23,6 +23,7 @@ from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.errors import ConversionError, MissingExtraError
+from slmops.store.rows import read_examples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,9 +119,7 @@ def choose(data: Path, count: int) -> list[Example]:
     Raises:
         ConversionError: there is no validation prompt.
     """
-    path = data / "validation.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    examples = {e.id: e for e in (Example.from_json(json.loads(line)) for line in lines if line.strip())}
+    examples = {example.id: example for example in read_examples(data / "validation.jsonl")}
     if not examples:
         raise ConversionError(
             "there are no validation prompts to check the conversion on", "set data.splits.validation"

@@ -58,8 +58,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         DataError: the teacher answered nothing although it was asked.
         EndpointError, BudgetError: see `slmops.engines.endpoint`; what was paid for is kept.
     """
-    from slmops.data.jsonl import read_examples, write_rows
     from slmops.data.teacher import open_teacher
+    from slmops.store.rows import read_examples, write_rows
 
     data = inputs["data"]
     gold = read_examples(data / "gold.jsonl")
@@ -107,8 +107,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 def load_rules(task: Task, data: Path) -> AnswerRules:
     """What a valid answer is, from the data set's labels and training answers."""
     from slmops.core.validity import AnswerRules
-    from slmops.data.jsonl import labels_of, read_examples
     from slmops.store.files import read_json
+    from slmops.store.rows import labels_of, read_examples
 
     answers = [
         e.answer for name in ("gold", "teacher") for e in read_examples(data / f"{name}.jsonl") if e.answer is not None

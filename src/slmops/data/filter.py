@@ -66,7 +66,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         EndpointError, BudgetError: the judge failed; what was paid for is kept.
     """
     from slmops.data.answer import load_rules
-    from slmops.data.jsonl import read_examples, read_rows, write_json, write_rows
+    from slmops.store.rows import read_examples, read_rows, write_json, write_rows
 
     filters, data = params.filters, inputs["data"]
     rows = [

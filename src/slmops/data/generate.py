@@ -62,8 +62,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         DataError: there is nothing to start from, or not one usable prompt came.
         EndpointError, BudgetError: see `slmops.engines.endpoint`; what was paid for is kept.
     """
-    from slmops.data.jsonl import read_examples, write_json, write_rows
     from slmops.data.teacher import open_teacher
+    from slmops.store.rows import read_examples, write_json, write_rows
 
     generate = params.generate
     known = [*read_examples(inputs["data"] / "gold.jsonl"), *read_examples(inputs["data"] / "pool.jsonl")]

@@ -20,6 +20,7 @@ from slmops.core.method import Params as BaseParams
 from slmops.core.spec import NonNegative, Task
 from slmops.engines.answers import Messages
 from slmops.errors import DataError
+from slmops.store.rows import labels_of, numbered_examples, read_examples
 
 DECLARATION = Declaration(
     name="evaluate.predict",
@@ -97,10 +98,9 @@ def questions(
     from slmops.core.validity import AnswerRules
     from slmops.store.files import read_json
 
-    with (data / "gold.jsonl").open(encoding="utf-8") as file:
-        gold = [Example.from_json(json.loads(line)) for line in file]
-    labels = (read_json(data / "info.json") or {}).get("labels") or []
-    rules = AnswerRules.of(task, [str(label) for label in labels], [e.answer for e in gold if e.answer is not None])
+    gold = read_examples(data / "gold.jsonl")
+    labels = labels_of(read_json(data / "info.json") or {})
+    rules = AnswerRules.of(task, labels, [e.answer for e in gold if e.answer is not None])
     shown = prompting.pick_shots(gold, shots, seed)
     return [prompting.guided(e, rules, shown) for e in examples], rules.tidy
 
@@ -126,16 +126,10 @@ def read_test(data: Path, limit: int | None) -> list[Example]:
     if not path.is_file():
         raise DataError("the dataset has no test split", "set data.splits.test", file=str(path))
     examples = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            example = Example.from_json(json.loads(line))
-            if example.answer is None:
-                raise DataError(
-                    "a test example has no answer", "test data need gold answers", file=str(path), line=number
-                )
-            examples.append(example)
+    for number, example in numbered_examples(path):
+        if example.answer is None:
+            raise DataError("a test example has no answer", "test data need gold answers", file=str(path), line=number)
+        examples.append(example)
     if not examples:
         raise DataError("the test split is empty", "give test data or a larger data.splits.test", file=str(path))
     if limit is not None and limit < len(examples):

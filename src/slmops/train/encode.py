@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slmops.core.digest import digest_file, digest_json, digest_text
 from slmops.core.example import Example
 from slmops.errors import DataError, ModelError
+from slmops.store.rows import numbered_examples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,21 +83,6 @@ class Encoded:
         return "sha256:" + sha.hexdigest()
 
 
-def read_file(path: Path, name: str) -> list[Row]:
-    """The canonical rows of a JSONL file. `name` is what error messages call it."""
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    rows.append(Row(Example.from_json(json.loads(line)), name, number))
-                except (ValueError, KeyError, TypeError, IndexError) as error:
-                    raise DataError(
-                        f"not a canonical example: {error}", "make it again with data.prepare", file=name, line=number
-                    ) from error
-    return rows
-
-
 def read(inputs: Mapping[str, Path], files: Sequence[str]) -> list[Row]:
     """The rows of files named `input/file`.
 
@@ -113,7 +99,7 @@ def read(inputs: Mapping[str, Path], files: Sequence[str]) -> list[Row]:
             raise DataError(
                 f"{entry}: no such file", f"{name} holds: {', '.join(sorted(p.name for p in inputs[name].iterdir()))}"
             )
-        rows += read_file(path, entry)
+        rows += [Row(example, entry, number) for number, example in numbered_examples(path, entry)]
     return rows
 
 

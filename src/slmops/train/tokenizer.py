@@ -18,6 +18,7 @@ from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
 from slmops.core.spec import Positive
 from slmops.errors import DataError
+from slmops.store.rows import read_examples
 
 SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -49,19 +50,15 @@ class Params(Base):
 
 def texts(folder: Path, answer_weight: int) -> Iterator[str]:
     """Prompt texts once each, answers `answer_weight` times, in file order."""
-    from slmops.train.encode import read_file
-
     for name in PROMPTS:
-        if (folder / name).exists():
-            for row in read_file(folder / name, name):
-                for message in row.example.prompt:
-                    yield message.content
+        for example in read_examples(folder / name):
+            for message in example.prompt:
+                yield message.content
     for name in ANSWERS:
-        if (folder / name).exists():
-            for row in read_file(folder / name, name):
-                if row.example.answer is not None:
-                    for _ in range(answer_weight):
-                        yield row.example.answer
+        for example in read_examples(folder / name):
+            if example.answer is not None:
+                for _ in range(answer_weight):
+                    yield example.answer
 
 
 def build(corpus: list[str], vocabulary: int) -> Any:
