@@ -175,6 +175,15 @@ def test_a_new_project_can_be_planned_and_is_not_overwritten(tmp_path: Path, slm
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_the_plan_says_which_downloads_can_change_under_its_name(tmp_path: Path, slmops: Slmops) -> None:
+    folder = write_project(tmp_path / "project")
+    free = slmops("plan", "--set", "data.path=hf:org/name", "--set", "data.format=huggingface", folder=folder)
+    assert "downloads: hf:org/name\nnote: hf:org/name names no revision" in free.out, free
+    pinned = slmops("plan", "--set", "data.path=hf:org/name@0a1b", "--set", "data.format=huggingface", folder=folder)
+    assert "downloads: hf:org/name@0a1b" in pinned.out
+    assert "note:" not in pinned.out
+
+
 def test_the_seed_of_a_new_project_decides_its_data(tmp_path: Path, slmops: Slmops) -> None:
     def data(name: str, *words: str) -> list[bytes]:
         folder = tmp_path / name / "desk"

@@ -52,4 +52,7 @@ def run(options: argparse.Namespace) -> int:
         f"estimate: ~{seconds(cost.seconds)}{unknown}, disk ~{size(cost.disk_bytes)}, memory ~{size(cost.memory_bytes)}"
     )
     print(f"downloads: {', '.join(cost.downloads) or 'none'}")
+    for name in cost.downloads:
+        if "@" not in name:
+            print(f"note: {name} names no revision: what the hub has today is taken and kept; {name}@COMMIT pins it")
     return 0

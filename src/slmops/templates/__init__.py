@@ -14,7 +14,7 @@ from pathlib import Path
 from slmops.errors import UsageError
 
 TEMPLATE = "support_desk_project"
-MESSAGES = 6000
+MESSAGES = 10_000
 
 
 def project_name(name: str) -> str:
