@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from slmops.cli.common import columns, json_argument, open_project, print_json, project_arguments, say, size
+from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, size
+from slmops.core.layout import columns
 from slmops.errors import IntegrityError, SlmopsError
 
 if TYPE_CHECKING:

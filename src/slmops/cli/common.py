@@ -1,11 +1,10 @@
-"""What several verbs share: finding the project, laying out columns, units for people."""
+"""What several verbs share: finding the project, units for people."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,25 +43,6 @@ def print_json(value: Any) -> None:
 def say(text: str = "") -> None:
     """A line of talk, on standard error."""
     print(text, file=sys.stderr, flush=True)
-
-
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows with their cells padded to columns.
-
-    Args:
-        right: numbers of columns whose cells stand at the right.
-    """
-    if not rows:
-        return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def seconds(value: float) -> str:

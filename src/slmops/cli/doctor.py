@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slmops.cli.common import columns, json_argument, print_json, size
+from slmops.cli.common import json_argument, print_json, size
+from slmops.core.layout import columns
 
 HELP = "show what this machine has, what is missing, and the line that installs it"
 

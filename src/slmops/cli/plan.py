@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from slmops.cli.common import columns, json_argument, open_project, print_json, project_arguments, seconds, size
+from slmops.cli.common import json_argument, open_project, print_json, project_arguments, seconds, size
+from slmops.core.layout import columns
 
 HELP = "show the steps, which are cached, what is downloaded, estimated time, disk and memory"
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.cli.common import columns, json_argument, open_project, print_json, project_arguments, say, seconds, size
+from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, seconds, size
+from slmops.core.layout import columns
 from slmops.errors import UsageError
 
 if TYPE_CHECKING:

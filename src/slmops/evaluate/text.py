@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
+from slmops.core.layout import columns
 from slmops.evaluate.words import bound, interval, milliseconds, percent, points, probability, shown, size, title
 
 Json = Mapping[str, Any]
@@ -29,39 +31,18 @@ def render_text(report: Json) -> str:
         lines += [*_comparisons(report), ""]
     baselines = [b for b in report["no_teacher_baseline"].values() if b]
     if baselines:
-        lines += ["Without the teacher", *(f"  {line}" for b in baselines for line in _wrapped(b["says"], 96)), ""]
+        lines += ["Without the teacher", *(f"  {line}" for b in baselines for line in wrap(b["says"], 96)), ""]
     if report["gates"]:
         lines += ["Gates", *(line for gate in report["gates"] for line in _gate(gate)), ""]
     if report["notes"]:
         lines += [*(f"Note: {note}" for note in report["notes"]), ""]
     sure = percent(report["confidence"], 0)
-    lines += _wrapped(
-        f"{report['n_test']:,} test examples; intervals at {sure}; scores by {title(report['metric'])}.", 98
-    )
+    lines += wrap(f"{report['n_test']:,} test examples; intervals at {sure}; scores by {title(report['metric'])}.", 98)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, line]
+    return [f"  {line}" for line in columns(rows, right)]
 
 
 def _headline(headline: Json) -> list[str]:
@@ -112,4 +93,4 @@ def _less(reduction: float | None) -> str:
 
 def _gate(gate: Json) -> list[str]:
     head = f"  {gate['verdict']:<10} {title(gate['metric'])}, {bound(gate)}: "
-    return [head.rstrip(), *(f"             {line}" for line in _wrapped(gate["says"], 84))]
+    return [head.rstrip(), *(f"             {line}" for line in wrap(gate["says"], 84))]
