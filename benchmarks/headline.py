@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -42,26 +43,45 @@ def run(file: Path, overrides: list[str], seed: int) -> dict[str, Any]:
     return report
 
 
-def table(reports: dict[int, dict[str, Any]]) -> str:
-    """Rows by seed, then the mean."""
-    lines = ["| seed | " + " | ".join(short for _name, short in HEADLINE) + " | quantising (points) |"]
-    lines.append("| ---: |" + " ---: |" * (len(HEADLINE) + 1))
+def table(reports: Mapping[int, Mapping[str, Any]]) -> str:
+    """A Markdown table: a row a seed, then the means; figures in percent, intervals in brackets."""
+    columns = [short for _name, short in HEADLINE] + [
+        "quantising (points)",
+        "teacher",
+        "student",
+        "few gold",
+        "all gold",
+    ]
+    lines = ["| seed | " + " | ".join(columns) + " |", "| ---: |" + " ---: |" * len(columns)]
     for seed, report in reports.items():
         cells = [_cell(report["headline"].get(name)) for name, _short in HEADLINE]
-        lines.append(f"| {seed} | " + " | ".join(cells) + f" | {_points(report)} |")
-    cells = []
-    for name, _short in HEADLINE:
-        values = [
-            r["headline"][name]["value"]
-            for r in reports.values()
-            if (r["headline"].get(name) or {}).get("value") is not None
-        ]
-        cells.append(f"{100 * mean(values):.1f} %" if values else "")
-    lines.append("| mean | " + " | ".join(cells) + " | |")
-    return "\n".join(lines)
+        cells += [_points(report), *(_share(value) for value in _scores(report))]
+        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
+    figures = [[(r["headline"].get(name) or {}).get("value") for name, _short in HEADLINE] for r in reports.values()]
+    means = [_share(_mean(column)) for column in zip(*figures, strict=True)]
+    scores = [_share(_mean(column)) for column in zip(*map(_scores, reports.values()), strict=True)]
+    return "\n".join([*lines, "| mean | " + " | ".join([*means, "", *scores]) + " |"])
 
 
-def _cell(value: dict[str, Any] | None) -> str:
+def _scores(report: Mapping[str, Any]) -> tuple[float | None, ...]:
+    """What the teacher, the shipped student, and the same student on few and on all gold labels score, by the metric."""
+    by_name = {v["name"]: v["scores"][report["metric"]]["value"] for v in report["variants"]}
+    baselines = report["no_teacher_baseline"] or {}
+    without = (baselines.get(name) or {} for name in ("few", "all"))
+    teacher = next((value for name, value in by_name.items() if name.startswith("teacher")), None)
+    return teacher, by_name.get(report["subject"]["variant"]), *(b.get("value") for b in without)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return mean(known) if known else None
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _cell(value: Mapping[str, Any] | None) -> str:
     if not value or value.get("value") is None:
         return "not known"
     text = f"{100 * value['value']:.1f}"
@@ -70,12 +90,12 @@ def _cell(value: dict[str, Any] | None) -> str:
     return text
 
 
-def _points(report: dict[str, Any]) -> str:
-    delta = (report.get("comparisons") or {}).get("quantising")
-    if not delta:
-        return ""
-    score = delta["score"]
-    return f"{100 * score['difference']:+.2f} [{100 * score['low']:+.2f}, {100 * score['high']:+.2f}]"
+def _points(report: Mapping[str, Any]) -> str:
+    for step in report["comparisons"]:
+        if step["name"] == "quantising":
+            d = step["accuracy"]
+            return f"{100 * d['value']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
+    return ""
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmarks.headline import table
 
 from slmops.core.method import Context
 from slmops.core.report import Report
@@ -302,3 +303,15 @@ def test_the_method_module_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_benchmark_reads_what_the_report_says(inputs: Inputs, whole: dict[str, Any]) -> None:
+    first, second, mean = table({0: whole, 1: whole}).splitlines()[2:]
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert first[3:] == second[3:] and cells[0] == "0"
+    scores = [share(rows_of(inputs, name)) for name in ("teacher-torch", "student-int4", "few-int4", "all-int4")]
+    assert cells[-4:] == [f"{100 * score:.1f}" for score in scores]
+    assert [cell.strip() for cell in mean.strip("|").split("|")][-4:] == cells[-4:]
+    assert cells[3].startswith(f"{100 * whole['headline']['accuracy_retained']['value']:.1f} [")
+    change = share(rows_of(inputs, "student-int4")) - share(rows_of(inputs, "student-fp32"))
+    assert cells[6].startswith(f"{100 * change:+.2f} [")
