@@ -156,6 +156,13 @@ def test_a_lasting_fault_is_a_clear_error_and_loses_nothing(ctx, endpoint, fault
     assert len(healthy.requests) == 30
 
 
+def test_an_endpoint_that_never_answered_is_not_waited_for_long(ctx, endpoint):
+    desk = StandIn(echo, lambda _request: Fault("never"))
+    with pytest.raises(EndpointError, match="no answer in time"):
+        client(endpoint(timeout_s=0.1, concurrency=2, retries=6), ctx, desk).answers(prompts(400), ASK)
+    assert len(desk.requests) <= 2 * 8 + 2
+
+
 @pytest.mark.parametrize(
     ("status", "hint"),
     [(401, "api_key_env"), (403, "api_key_env"), (404, "/v1"), (400, "teacher.endpoint.model"), (302, "final URL")],

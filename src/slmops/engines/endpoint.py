@@ -36,6 +36,8 @@ MOST_BYTES = 16 << 20
 """A longer reply than this is not read to its end."""
 GIVE_UP = 8
 """Requests in a row given up, without one answer between, after which the endpoint counts as dead."""
+SILENT_TRIES = 2
+"""Most tries of a request to an endpoint that has not answered once and lets the time run out."""
 
 
 @dataclass
@@ -272,9 +274,9 @@ class _Run:
             return Failure("no connection in time", f"{CONNECT_S:g} s", retry=True, hint=self._reach()), {}
         except (TimeoutError, httpx.TimeoutException):
             hint = "raise teacher.endpoint.timeout_s, or look whether the endpoint still works"
-            return Failure(
-                "no answer in time", f"teacher.endpoint.timeout_s is {limit:g}", retry=True, hint=hint, billed=True
-            ), {}
+            detail = f"teacher.endpoint.timeout_s is {limit:g}"
+            tries = None if self.answers or self.known else SILENT_TRIES
+            return Failure("no answer in time", detail, retry=True, hint=hint, tries=tries, billed=True), {}
         except httpx.ConnectError as error:
             return self._clean(self._no_connection(str(error))), {}
         except httpx.RemoteProtocolError as error:
