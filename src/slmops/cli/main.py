@@ -73,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    options = parser().parse_args(arguments)
+    try:
+        options = parser().parse_args(arguments)
+    except BrokenPipeError:  # of --help, in some versions of argparse
+        _nobody_reads()
+        return 0
     try:
         code: int = options.call(options)
         return code
