@@ -114,10 +114,18 @@ def test_strict_makes_leaks_an_error(ctx, out, dataset, answers, example):
     data = dataset({"labels": LABELS}, test=[example("where is it", "parcel")])
     rows = answers(("Where is it?", "parcel"), ("other", "refund"))
     ctx.strict = True
-    with pytest.raises(LeakError, match="1 synthetic prompts"):
+    with pytest.raises(LeakError, match="1 prompts of the pool"):
         run(ctx, out, data, rows)
     ctx.strict = False
     assert run(ctx, out, data, rows)[0] == ["other"]
+
+
+@pytest.mark.parametrize("method", ["sample", "paraphrase", "template"])
+def test_a_generated_copy_of_a_test_prompt_is_chance_and_only_dropped(method, ctx, out, dataset, answers, example):
+    data = dataset({"labels": LABELS}, test=[example("where is it", "parcel")])
+    ctx.strict = True
+    kept, why, _, _ = run(ctx, out, data, answers(("Where is it?", "parcel", {"source": method}), ("other", "refund")))
+    assert kept == ["other"] and why["Where is it?"][0] == "contamination"
 
 
 def test_when_nothing_is_left_the_error_shows_an_example(ctx, out, dataset, answers):

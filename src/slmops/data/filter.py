@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from slmops.core.engine import Sampling
 from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
-from slmops.core.spec import ENDPOINT_NEUTRAL, Endpoint, Filters, Overlap, Task
+from slmops.core.spec import ENDPOINT_NEUTRAL, Endpoint, Filters, Generate, Overlap, Task
 from slmops.errors import DataError, LeakError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ DECLARATION = Declaration(
 
 SHOWN = 5
 """Dropped examples of each filter that stats.json shows."""
+GENERATED = get_args(Generate.model_fields["method"].annotation)
+"""What `source` says of a prompt that was generated: the method."""
 
 
 class Params(BaseParams):
@@ -62,7 +64,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 
     Raises:
         DataError: nothing is left; says which filter dropped most.
-        LeakError: a prompt overlaps with evaluation data and `ctx.strict` is set.
+        LeakError: a prompt of the pool overlaps with evaluation data and `ctx.strict` is set.
         EndpointError, BudgetError: the judge failed; what was paid for is kept.
     """
     from slmops.data.answer import load_rules
@@ -95,9 +97,9 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         drops = stage(left)
         per_stage[name] = _summary(left, drops)
         dropped += [_dropped_row(left[index], name, *drops[index]) for index in sorted(drops)]
-        left = [row for index, row in enumerate(left) if index not in drops]
         if name == "contamination" and drops:
-            _say_leak(left, drops, rows, ctx)
+            _say_leak(left, drops, ctx)
+        left = [row for index, row in enumerate(left) if index not in drops]
     if rows and not left:
         worst = max(per_stage, key=lambda name: per_stage[name]["dropped"])
         shown = per_stage[worst]["examples"][0]
@@ -221,11 +223,13 @@ def _judged(rows: Sequence[Row], rules: AnswerRules, params: Params, inputs: Map
     }
 
 
-def _say_leak(left: Sequence[Row], drops: Drops, rows: Sequence[Row], ctx: Context) -> None:
-    if ctx.strict:
-        reason, detail = drops[min(drops)]
+def _say_leak(rows: Sequence[Row], drops: Drops, ctx: Context) -> None:
+    """Strictly, a prompt of the user's own data that repeats evaluation data is an error; a generated one is chance."""
+    own = [index for index in sorted(drops) if rows[index].example.source not in GENERATED]
+    if ctx.strict and own:
+        reason, detail = drops[own[0]]
         raise LeakError(
-            f"{len(drops)} synthetic prompts overlap with evaluation data; the first is a {reason} ({detail})",
+            f"{len(own)} prompts of the pool overlap with evaluation data; the first is a {reason} ({detail})",
             "without --strict they are dropped, counted and shown",
         )
     ctx.progress.log(f"{len(drops)} of {len(rows)} prompts overlap with evaluation data and were dropped")
