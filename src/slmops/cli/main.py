@@ -64,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        return _main(arguments)
+        return _main(parser().parse_args(arguments))
+    except BrokenPipeError:
+        _nobody_reads()
+        return 0
     finally:
         try:
             sys.stdout.flush()
@@ -72,12 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _nobody_reads()
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    try:
-        options = parser().parse_args(arguments)
-    except BrokenPipeError:  # of --help, in some versions of argparse
-        _nobody_reads()
-        return 0
+def _main(options: argparse.Namespace) -> int:
     try:
         code: int = options.call(options)
         return code
@@ -88,11 +86,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished steps are kept, run again to go on", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        _nobody_reads()
-        return 0
     except Exception as error:
-        if options.debug:
+        if options.debug or isinstance(error, BrokenPipeError):
             raise
         return _tell(_foreign(error))
 

@@ -31,18 +31,24 @@ def render_text(report: Json) -> str:
         lines += [*_comparisons(report), ""]
     baselines = [b for b in report["no_teacher_baseline"].values() if b]
     if baselines:
-        lines += ["Without the teacher", *(f"  {line}" for b in baselines for line in wrap(b["says"], 96)), ""]
+        lines += ["Without the teacher", *(f"  {line}" for b in baselines for line in _wrapped(b["says"], 96)), ""]
     if report["gates"]:
         lines += ["Gates", *(line for gate in report["gates"] for line in _gate(gate)), ""]
     if report["notes"]:
         lines += [*(f"Note: {note}" for note in report["notes"]), ""]
     sure = percent(report["confidence"], 0)
-    lines += wrap(f"{report['n_test']:,} test examples; intervals at {sure}; scores by {title(report['metric'])}.", 98)
+    lines += _wrapped(
+        f"{report['n_test']:,} test examples; intervals at {sure}; scores by {title(report['metric'])}.", 98
+    )
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     return [f"  {line}" for line in columns(rows, right)]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _headline(headline: Json) -> list[str]:
@@ -93,4 +99,4 @@ def _less(reduction: float | None) -> str:
 
 def _gate(gate: Json) -> list[str]:
     head = f"  {gate['verdict']:<10} {title(gate['metric'])}, {bound(gate)}: "
-    return [head.rstrip(), *(f"             {line}" for line in wrap(gate["says"], 84))]
+    return [head.rstrip(), *(f"             {line}" for line in _wrapped(gate["says"], 84))]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 POOL = 8
 """Batches whose examples are sorted by length together. More pad less, but batches of look-alikes teach worse: on 2,400
-messages in batches of 16, 32 cost 4 points of exact match against 8, and 1 gains nothing more but takes 13 % longer."""
+messages in batches of 16, 32 cost 4 points of exact match against 8, and 1 gains nothing more but takes 13 % longer (one
+seed, judged on 364 validation messages)."""
 
 
 @dataclass(frozen=True)
