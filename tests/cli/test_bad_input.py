@@ -91,6 +91,8 @@ BAD_SPECS = [
     Bad("not a plain value", "name: !!python/object tiny", ("name",), 1, "name: tiny"),
     Bad("half a surrogate pair", 'licence: "\\ud800"\nseed: 1\ndata:', ("licence", "surrogate"), 3, "data:"),
     Bad("date", "version: 2026-01-01\nname: tiny", ("version", "in quotes"), 1, "name: tiny"),
+    Bad("values to swap where there are none", "gold: {per_label: 5}, augment: {method: swap}}", ("data.augment", "take it out"),
+        3, "gold: {per_label: 5}}"),
     Bad("nothing to learn from", "gold: {total: 0}}\nsynthesize: {label_pool: false}", ("data.gold",), 3,
         "gold: {per_label: 5}}"),
 ]  # fmt: skip

@@ -35,12 +35,14 @@ class Example:
         answer: the wanted text, or None for a prompt without a label.
         origin: who wrote the answer: `gold` (people), `teacher`, or `none`.
         source: where the prompt came from, for people: a file name, `sampled`, `paraphrase`, …
+        parent: id of the example that this one was derived from, or "".
     """
 
     prompt: tuple[Message, ...]
     answer: str | None = None
     origin: Origin = "none"
     source: str = ""
+    parent: str = ""
 
     @property
     def id(self) -> str:
@@ -63,6 +65,14 @@ class Example:
         """The same prompt without its answer."""
         return replace(self, answer=None, origin="none")
 
+    def with_text(self, text: str) -> Example:
+        """The same conversation with other last words of the user (or, where no user speaks, another last message)."""
+        prompt = list(self.prompt)
+        users = [index for index, message in enumerate(prompt) if message.role == "user"]
+        index = users[-1] if users else len(prompt) - 1
+        prompt[index] = Message(prompt[index].role, text)
+        return replace(self, prompt=tuple(prompt))
+
     def messages(self) -> list[dict[str, str]]:
         """Prompt and answer as the list of dicts that chat templates and endpoints take."""
         out = [{"role": m.role, "content": m.content} for m in self.prompt]
@@ -75,12 +85,14 @@ class Example:
         return [{"role": m.role, "content": m.content} for m in self.prompt]
 
     def to_json(self) -> dict[str, Any]:
-        """The canonical row: `messages`, and `origin` and `source` where they say something."""
+        """The canonical row: `messages`, and `origin`, `source` and `parent` where they say something."""
         row: dict[str, Any] = {"messages": self.messages()}
         if self.origin != "none":
             row["origin"] = self.origin
         if self.source:
             row["source"] = self.source
+        if self.parent:
+            row["parent"] = self.parent
         return row
 
     @classmethod
@@ -90,4 +102,4 @@ class Example:
         answer: str | None = None
         if len(messages) > 1 and messages[-1].role == "assistant":
             answer, messages = messages[-1].content, messages[:-1]
-        return cls(messages, answer, row.get("origin", "none"), row.get("source", ""))
+        return cls(messages, answer, row.get("origin", "none"), row.get("source", ""), row.get("parent", ""))

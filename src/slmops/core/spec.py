@@ -75,6 +75,20 @@ class Overlap(Value):
     ngram: NonNegative = Field(0, description="a shared run of this many words is contamination; 0: not looked at")
 
 
+class Augment(Value):
+    """Further copies of answered training examples, for every model that learns from them (teacher, student, baselines).
+
+    swap (extraction): values that stand in the message are exchanged in message and answer alike, so that a model learns
+    to copy them (arXiv 1606.03622).
+    """
+
+    method: Literal["swap"] = "swap"
+    copies: Positive = Field(3, description="copies of each example that has a value to exchange")
+    made_up: Share = Field(
+        0.5, description="share of made-up values, where an argument's values are all different; less where they recur"
+    )
+
+
 class Data(Value):
     """Where the examples come from and who may see which of them."""
 
@@ -87,6 +101,7 @@ class Data(Value):
         1.0, description="share of the training examples whose gold labels a teacher trained here learns from"
     )
     overlap: Overlap = Overlap()
+    augment: Augment | None = Field(None, description="more examples by exchanging values; nothing is added where unset")
     max_examples: Positive | None = Field(None, description="keep this many training examples, chosen by digest")
 
 

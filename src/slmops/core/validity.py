@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,24 @@ def _paths(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...]
         for item in value:
             out.extend(_paths(item, (*path, "[]")))
     return out
+
+
+def leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
+    """Every value of a JSON value that is neither object nor list, with its path of keys and indices, in their order."""
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in leaves(value[key], (*path, key))]
+    if isinstance(value, list):
+        return [leaf for index, item in enumerate(value) for leaf in leaves(item, (*path, index))]
+    return [(path, value)]
+
+
+def with_leaves(value: Any, changes: Mapping[tuple[str | int, ...], Any], path: tuple[str | int, ...] = ()) -> Any:
+    """A copy of a JSON value with other values at some paths of `leaves`; keys keep their order."""
+    if isinstance(value, dict):
+        return {key: with_leaves(value[key], changes, (*path, key)) for key in value}
+    if isinstance(value, list):
+        return [with_leaves(item, changes, (*path, index)) for index, item in enumerate(value)]
+    return changes.get(path, value)
 
 
 def _type(value: Any) -> str:

@@ -285,16 +285,7 @@ def _requests(
 
 def _with_text(source: Example | None, text: str) -> Example:
     """The source's conversation with other last words of the user, or a conversation of these words alone."""
-    if source is None:
-        return Example((Message("user", text),))
-    prompt = list(source.prompt)
-    for index in reversed(range(len(prompt))):
-        if prompt[index].role == "user":
-            prompt[index] = Message("user", text)
-            break
-    else:
-        prompt[-1] = Message("user", text)
-    return Example(tuple(prompt))
+    return Example((Message("user", text),)) if source is None else Example(source.with_text(text).prompt)
 
 
 # --- template: slots are filled, no model ----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ RUNTIME_BYTES = 700_000_000
 """Resident bytes of Python with torch and transformers loaded."""
 
 FIXED_SECONDS = {
-    "data.prepare": 8.0, "train.tokenizer": 3.0, "data.filter": 5.0, "data.answer": 15.0, "data.generate": 30.0,
+    "data.prepare": 8.0, "train.tokenizer": 3.0, "data.filter": 5.0, "data.augment": 5.0, "data.answer": 15.0, "data.generate": 30.0,
     "convert.onnx_genai": 8.0, "evaluate.predict": 10.0, "evaluate.measure": 30.0, "evaluate.report": 5.0,
     "bundle.assemble": 1.0, "train.cache_logits": 20.0, "catalog.fetch": 1.0,
 }  # fmt: skip
@@ -99,7 +99,12 @@ def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | N
         "data/oracle.jsonl": "oracle",
         "synthetic/train.jsonl": "pool",
     }
-    return sum(int(counts.get(names.get(name, ""), 0)) for name in status.step.params.get("files", []))
+    files = status.step.params.get("files", [])
+    found = sum(int(counts.get(names.get(name, ""), 0)) for name in files)
+    if "augmented/train.jsonl" in files:
+        augmented = next(s.step for s in survey if s.step.id == status.step.inputs["augmented"])
+        found *= 1 + int(augmented.params["augment"]["copies"])
+    return found
 
 
 def _training(training: Training, architecture: Architecture, examples: int | None, threads: int) -> Cost:

@@ -82,6 +82,10 @@ def check(spec: Spec) -> list[Problem]:
                     "is 0, so the teacher never learns to write messages that it could be sampled for",
                     "give for instance 0.3",
                 )
+    if spec.data.augment is not None and spec.task.type != "extraction":
+        wrong(
+            "data.augment", "swaps values between messages and JSON answers, which only extraction has", "take it out"
+        )
     if teacher is not None and teacher.model is not None and spec.data.teacher_share == 0:
         wrong("data.teacher_share", "is 0, so the teacher has nothing to learn from", "give for instance 0.5")
     if _no_gold(spec) and (teacher is None or not (spec.synthesize.label_pool or generate is not None)):
@@ -147,6 +151,7 @@ class _Builder:
         spec = self.spec
         sources = {} if _is_hub(spec.data.path) else {"source": spec.data.path}
         data = _json(spec.data)
+        data.pop("augment")
         if sources:
             data["path"] = PurePosixPath(spec.data.path).name
         trains = spec.teacher is not None and spec.teacher.model is not None
@@ -166,17 +171,29 @@ class _Builder:
         assert teacher is not None
         seed = self.spec.seed if teacher.seed is None else teacher.seed
         self._tokenizer("teacher-tokenizer", teacher.tokenizer)
+        files, inputs = self._augmented("teacher", ["data/teacher.jsonl"], {"data": "data"})
         params = {
             "training": _json(teacher.train),
             "architecture": _json(model),
-            "files": ["data/teacher.jsonl"],
+            "files": files,
             "validation": "data/validation.jsonl",
         }
         size = parameters(model, teacher.tokenizer.vocabulary)
         self.add(
             "teacher", "train.sft", params, f"train the teacher ({size / 1e6:.1f} M parameters)",
-            {"data": "data", "tokenizer": "teacher-tokenizer"}, seed=seed, threads=self._teacher_threads(),
+            inputs | {"tokenizer": "teacher-tokenizer"}, seed=seed, threads=self._teacher_threads(),
         )  # fmt: skip
+
+    def _augmented(self, model: str, files: list[str], inputs: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        """Files and inputs of a training, with the augmented copies of its examples if the spec wants some."""
+        augment = self.spec.data.augment
+        if augment is None:
+            return files, dict(inputs)
+        params = {"augment": _json(augment), "files": files, "overlap": _json(self.spec.data.overlap)}
+        asked = {name: step for name, step in inputs.items() if name in ("data", "synthetic")}
+        about = f"copies with other values ({augment.method}) for {model}"
+        id = self.add(f"augmented-{model}", "data.augment", params, about, asked, threads=1, seed=0)
+        return [*files, "augmented/train.jsonl"], {**inputs, "augmented": id}
 
     def _tokenizer(self, id: str, tokenizer: TokenizerSpec) -> str:
         about = "byte-level BPE of the training text"
@@ -264,7 +281,9 @@ class _Builder:
         )
         architecture = _json(student.model) if student.model is not None else None
         files = ["data/gold.jsonl", *(["synthetic/train.jsonl"] if "synthetic" in has else [])]
-        taught = inputs | ({"synthetic": "synthetic"} if "synthetic" in has else {})
+        files, taught = self._augmented(
+            "student", files, inputs | ({"synthetic": "synthetic"} if "synthetic" in has else {})
+        )
         common = {"architecture": architecture, "validation": None}
         if spec.train.method == "logits":
             cache = {
@@ -302,8 +321,9 @@ class _Builder:
         }
         baselines = [name for name in spec.evaluate.baselines if not (name == "few" and _no_gold(spec))]
         for name in baselines if spec.teacher is not None else ():
-            params = {"training": _json(training), "files": [gold[name]]} | common
-            self.add(name, "train.sft", params, about[name], inputs, threads=threads)
+            files, learned = self._augmented(name, [gold[name]], inputs)
+            params = {"training": _json(training), "files": files} | common
+            self.add(name, "train.sft", params, about[name], learned, threads=threads)
 
     def _convert(self, model: str, precision: str) -> str:
         convert = _json(self.spec.convert)

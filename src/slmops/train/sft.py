@@ -28,7 +28,13 @@ DECLARATION = Declaration(
     name="train.sft",
     version="2",
     makes="model",
-    takes={"data": "dataset", "synthetic?": "dataset", "tokenizer?": "tokenizer", "base?": "model"},
+    takes={
+        "data": "dataset",
+        "synthetic?": "dataset",
+        "augmented?": "dataset",
+        "tokenizer?": "tokenizer",
+        "base?": "model",
+    },
     extra="train",
     packages=PACKAGES,
     threads=True,
@@ -64,15 +70,17 @@ class Prepared:
 def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
     """Training and validation rows. An example goes by the digest of its prompt, so equal prompts stay together.
 
-    At least one example is held out where `share` is above 0 and there are at least ten.
+    At least one example is held out where `share` is above 0 and there are at least ten. What was derived from a
+    held-out example is in neither list: it would tell the answer, and is no message that somebody wrote.
     """
-    places = [int(digest_text("holdout:" + row.example.id)[7:20], 16) / 16**13 for row in rows]
+    places = [int(digest_text(f"holdout:{row.example.parent or row.example.id}")[7:20], 16) / 16**13 for row in rows]
+    own = [place for row, place in zip(rows, places, strict=True) if not row.example.parent]
     bound = share
-    if share > 0 and len(rows) >= 10:
-        bound = max(share, min(places) * (1 + 1e-9))
+    if share > 0 and len(own) >= 10:
+        bound = max(share, min(own) * (1 + 1e-9))
     kept = [row for row, place in zip(rows, places, strict=True) if place > bound or share == 0]
     held = [row for row, place in zip(rows, places, strict=True) if place <= bound and share > 0]
-    return kept, held
+    return kept, [row for row in held if not row.example.parent]
 
 
 def check_rows(rows: list[Row], files: tuple[str, ...]) -> None:
