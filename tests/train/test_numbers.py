@@ -18,7 +18,8 @@ from slmops.train import network
 from slmops.train.batches import collate, epoch_plan, pack_rows
 from slmops.train.encode import Row, encode, load_tokenizer
 from slmops.train.estimate import estimate, parameters
-from slmops.train.loop import Schedule, cross_entropy, part_loss
+from slmops.train.loop import Schedule
+from slmops.train.objective import cross_entropy, part_loss
 from slmops.train.quantization_aware import fake_int4, int4_blocks
 from tests.train.conftest import FAST, TINY, examples
 
@@ -109,12 +110,12 @@ def test_another_architecture_goes_through_its_own_code(tok: Any, encoded: Any) 
 
 
 def test_large_vocabularies_are_projected_in_pieces(tok: Any, encoded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slmops.train import loop
+    from slmops.train import objective
 
     net = network.Network(network.build(TINY["llama"], tok, 1))
     part = collate(encoded, range(16), 0.0, "bucket")
     wanted = gradients(net, [part], 1.0)
-    monkeypatch.setattr(loop, "HEAD_ELEMENTS", net.vocabulary * 7)
+    monkeypatch.setattr(objective, "HEAD_ELEMENTS", net.vocabulary * 7)
     for name, value in gradients(net, [part], 1.0).items():
         torch.testing.assert_close(value, wanted[name], atol=1e-4, rtol=1e-4)
 

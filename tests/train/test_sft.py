@@ -82,8 +82,7 @@ import sys, json
 from pathlib import Path
 from slmops.core.method import Context
 from slmops.train import sft, loop
-loop.EVERY_S = 0.0
-loop.Loop.__init__.__kwdefaults__["every_s"] = float(sys.argv[5])
+loop.EVERY_S = float(sys.argv[5])
 out = Path(sys.argv[3]); out.mkdir(exist_ok=True)
 class P:
     def start(self, *a, **k): print("start", flush=True)
@@ -268,7 +267,7 @@ def test_training_on_rounded_weights_survives_rounding(data: Path, tokenizer: Pa
     import torch
 
     from slmops.train import encode, network
-    from slmops.train.loop import validation_loss
+    from slmops.train.objective import validation_loss
     from slmops.train.quantization_aware import fake_int4
 
     rows = encode.read({"data": data}, ("data/validation.jsonl",))

@@ -17,6 +17,7 @@ DataFormat = Literal[
     "auto", "messages", "alpaca", "sharegpt", "prompt_completion", "csv", "tsv", "json", "jsonl", "huggingface"
 ]
 Precision = Literal["fp32", "int8", "int4"]
+Tuning = Literal["full", "lora", "rslora", "dora", "qlora", "adapter"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -101,7 +102,9 @@ class Data(Value):
         1.0, description="share of the training examples whose gold labels a teacher trained here learns from"
     )
     overlap: Overlap = Overlap()
-    augment: Augment | None = Field(None, description="more examples by exchanging values; nothing is added where unset")
+    augment: Augment | None = Field(
+        None, description="more examples by exchanging values; nothing is added where unset"
+    )
     max_examples: Positive | None = Field(None, description="keep this many training examples, chosen by digest")
 
 
@@ -128,8 +131,36 @@ class Architecture(Value):
         return self
 
 
+class Lora(Value):
+    """Low-rank additions to linear layers (arXiv 2106.09685), for tunings lora, rslora, dora and qlora."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="the additions' weight; default: 2 × rank")
+    dropout: Share = 0.0
+    targets: tuple[str, ...] | None = Field(
+        None, description="names of linear layers, such as q_proj; default: all those of the decoder's blocks"
+    )
+
+    @property
+    def strength(self) -> float:
+        """`alpha`, or its default."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
 class Training(Value):
-    """How a model learns. Defaults suit models of 0.1 to 30 M parameters on a CPU."""
+    """How a model learns. Defaults suit models of 0.1 to 30 M parameters on a CPU.
+
+    `tuning` says which weights move: all of them (full), or few new ones beside a frozen model. lora, rslora (arXiv
+    2312.03732), dora (arXiv 2402.09353): low-rank additions; qlora (arXiv 2305.14314): the same over a base held in 4
+    bits; adapter: a bottleneck beside each feed-forward block (arXiv 2110.04366).
+    """
+
+    tuning: Tuning = "full"
+    lora: Lora = Lora()
+    adapter_width: Positive = Field(64, description="units of the bottleneck in tuning adapter")
+    checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, about a third more time"
+    )
 
     epochs: Annotated[float, Field(gt=0)] = 10.0
     max_steps: Positive | None = None
@@ -284,14 +315,56 @@ class Student(Value):
         return self
 
 
-class Train(Training):
-    """The student's training. `sequence`: learn the teacher's text; `logits`: also its cached distributions."""
+class OnPolicy(Value):
+    """For method on_policy: the student writes, the teacher scores every token (arXiv 2306.13649)."""
 
-    method: Literal["sequence", "logits"] = "sequence"
+    share: Share = Field(
+        0.5, description="share of the batches whose answers the student writes; the rest are the data's"
+    )
+    beta: Share = Field(0.5, description="of the generalised JSD: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher)")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="at which the student writes")
+    refresh: Positive = Field(4, description="batches written at once; more is faster and less on-policy")
+    max_new_tokens: Positive = 64
+
+
+class Transfer(Value):
+    """For method hidden_states: what else of the teacher's inside the student imitates."""
+
+    hidden_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="of the distance between hidden states, through a learned map (arXiv 1909.10351)"
+    )
+    attention_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="of the divergence between query, key and value relations (arXiv 2012.15828)"
+    )
+    relation_heads: Positive | None = Field(None, description="default: the student's heads")
+
+
+class Preference(Value):
+    """For methods dpo (arXiv 2305.18290) and orpo (arXiv 2403.07691), on prompt/chosen/rejected data."""
+
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how far the model may leave the reference; orpo: λ")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="share of swapped labels assumed")
+
+
+TrainMethod = Literal["sequence", "logits", "on_policy", "hidden_states", "cross_tokenizer", "dpo", "orpo"]
+
+
+class Train(Training):
+    """The student's training.
+
+    sequence: learn the teacher's text (arXiv 1606.07947); logits: also its cached distributions (arXiv 2503.16870);
+    on_policy: the student writes and the teacher scores; hidden_states: also the teacher's inner states;
+    cross_tokenizer: distributions of a teacher with another tokenizer (arXiv 2402.12030); dpo, orpo: preferences.
+    """
+
+    method: TrainMethod = "sequence"
     logit_samples: Positive = Field(12, description="tokens drawn per position from the teacher (arXiv 2503.16870)")
     logit_selection: Literal["sampled", "top_k"] = "sampled"
     logit_weight: Share = Field(0.5, description="share of the loss that comes from the teacher's distribution")
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    on_policy: OnPolicy = OnPolicy()
+    transfer: Transfer = Transfer()
+    preference: Preference = Preference()
 
 
 class Convert(Value):

@@ -28,14 +28,15 @@ from slmops.train.batches import Part
 if TYPE_CHECKING:
     import torch
 
-    from slmops.train.loop import LossFunction
+    from slmops.train.network import Network
+    from slmops.train.objective import LossFunction, Objective
     from slmops.train.sft import Prepared
 
 TAIL = 1e-7  # least mass outside the list: float32 cannot tell less from nothing
 
 DECLARATION = Declaration(
     name="train.logits",
-    version="2",
+    version="3",
     makes="model",
     takes={
         "logits": "logits",
@@ -199,11 +200,14 @@ def align(ready: Prepared, cache: Cache, training: Train, tokenizer_digest: str)
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
     """Train on text and distributions; write a Hugging Face model folder with its tokenizer and training.json."""
 
-    def make_loss(ready: Prepared) -> tuple[LossFunction, str]:
+    def objective(ready: Prepared, net: Network) -> Objective:
         from slmops.train.encode import tokenizer_digest
+        from slmops.train.objective import Supervised
 
         cache = Cache.load(inputs["logits"])
         first = align(ready, cache, params.training, tokenizer_digest(ready.tokenizer_folder))
-        return mixed(params.training, cache, first), digest_file(inputs["logits"] / "distributions.safetensors")
+        loss = mixed(params.training, cache, first)
+        depends = digest_file(inputs["logits"] / "distributions.safetensors")
+        return Supervised(ready.data, ready.validation, params.training, loss, depends)
 
-    return sft.learn(params, inputs, out, ctx, DECLARATION.name, make_loss)
+    return sft.learn(params, inputs, out, ctx, DECLARATION.name, objective)

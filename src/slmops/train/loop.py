@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,20 @@ from slmops.core.digest import digest_json
 from slmops.core.method import Context, Facts
 from slmops.core.spec import Training
 from slmops.errors import TrainingError
-from slmops.train.batches import Part, collate, epoch_plan
+from slmops.train.batches import epoch_plan
 from slmops.train.checkpoint import Checkpoints
 from slmops.train.quantization_aware import START, fake_int4
 
 if TYPE_CHECKING:
     import torch
 
-    from slmops.train.encode import Encoded
     from slmops.train.network import Network
+    from slmops.train.objective import Objective
 
-    LossFunction = Callable[[torch.Tensor, Part], torch.Tensor]
-
-VERSION = "2"
+VERSION = "3"
 EVERY_S = 20.0
 POINTS = 200
 BLOCKS = "▁▂▃▄▅▆▇█"
-HEAD_ELEMENTS = 1 << 26  # logits computed at once; more are computed again in the backward pass
 
 
 @dataclass
@@ -107,20 +104,6 @@ class Schedule:
         return self.rounding_from is not None and step >= self.rounding_from
 
 
-def cross_entropy(training: Training) -> LossFunction:
-    """The plain loss: weighted sum of the negative log likelihood of the targets."""
-
-    def loss(logits: torch.Tensor, part: Part) -> torch.Tensor:
-        import torch
-
-        each = torch.nn.functional.cross_entropy(
-            logits, part.targets, reduction="none", label_smoothing=training.label_smoothing
-        )
-        return (each * part.weights).sum()
-
-    return loss
-
-
 @contextmanager
 def deterministic(threads: int) -> Iterator[None]:
     """Fixed number of threads, deterministic algorithms, and the caller's random state given back."""
@@ -149,50 +132,6 @@ def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
     return "sha256:" + sha.hexdigest()
 
 
-def to_device(part: Part, device: str) -> Part:
-    """The part's tensors on a device."""
-    if device == "cpu":
-        return part
-    import torch
-
-    moved: dict[str, Any] = {k: v.to(device) for k, v in vars(part).items() if isinstance(v, torch.Tensor)}
-    return replace(part, **moved)
-
-
-def part_loss(network: Network, weights: Any, part: Part, loss: LossFunction, dropout: float = 0.0) -> torch.Tensor:
-    """Loss sum of a part; the output matrix is applied in pieces where the logits would be large."""
-    from torch.utils.checkpoint import checkpoint
-
-    hidden = network.hidden(weights, part, dropout)
-    piece = max(1, HEAD_ELEMENTS // network.vocabulary)
-    count = hidden.shape[0]
-    if count <= piece:
-        return loss(network.project(weights, hidden), part)
-
-    def one(some: torch.Tensor, a: int) -> torch.Tensor:
-        return loss(network.project(weights, some), part.narrow(a, a + some.shape[0]))
-
-    sums = [checkpoint(one, hidden[a : a + piece], a, use_reentrant=False) for a in range(0, count, piece)]
-    total: torch.Tensor = sum(sums[1:], start=sums[0])
-    return total
-
-
-def validation_loss(network: Network, weights: Any, data: Encoded, training: Training) -> float:
-    """Mean negative log likelihood of the answer tokens: no dropout, no smoothing, no prompt tokens."""
-    import numpy as np
-    import torch
-
-    order = np.argsort(data.lengths, kind="stable")
-    size = max(1, training.batch_size // training.accumulate) * 2
-    plain = cross_entropy(training.model_copy(update={"label_smoothing": 0.0}))
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(order), size):
-            part = to_device(collate(data, order[start : start + size], 0.0, "bucket"), network.device)
-            total += float(part_loss(network, weights, part, plain))
-    return total / float(data.answer_tokens.sum())
-
-
 def sparkline(values: list[float], width: int = 24) -> str:
     """The last values as blocks, lowest to highest."""
     shown = values[-width:]
@@ -204,36 +143,34 @@ class Loop:
     """One training. `run` does it; the rest is its parts.
 
     Args:
-        network: the model; its weights are changed in place.
-        data, validation: tokenised examples; `validation` may have none.
+        network: the model; its trained weights are changed in place.
+        objective: what is learned.
         training: the parameters.
         ctx: seed, threads, scratch and progress.
-        loss: maps logits (P, vocabulary) float32 and the part to a weighted sum; default: cross-entropy.
-        identity: whatever else decides the outcome (the method, what its loss reads), for the checkpoint.
-        every_s: seconds of training between checkpoints.
+        identity: the method's name, for the checkpoint.
+        every_s: seconds of training between checkpoints; default: EVERY_S.
     """
 
     def __init__(
-        self, network: Network, data: Encoded, validation: Encoded, training: Training, ctx: Context, *,
-        loss: LossFunction | None = None, identity: Any = None, every_s: float = EVERY_S,
+        self, network: Network, objective: Objective, training: Training, ctx: Context, *,
+        identity: str = "", every_s: float | None = None,
     ) -> None:  # fmt: skip
         import torch
 
-        self.network, self.data, self.validation, self.training, self.ctx = network, data, validation, training, ctx
-        self.loss = loss or cross_entropy(training)
-        self.every_s = every_s
-        self.schedule = Schedule.of(training, len(data.ids))
+        self.network, self.objective, self.training, self.ctx = network, objective, training, ctx
+        self.every_s = EVERY_S if every_s is None else every_s
+        self.lengths = objective.lengths
+        self.schedule = Schedule.of(training, len(self.lengths))
         self.state = State()
-        self.lengths = data.lengths
         self._plan: tuple[int, list[Any]] = (-1, [])
-        decayed = [w for w in network.weights.values() if w.ndim >= 2]
-        rest = [w for w in network.weights.values() if w.ndim < 2]
+        decayed = [w for w in network.trained.values() if w.ndim >= 2]
+        rest = [w for w in network.trained.values() if w.ndim < 2]
         groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=(0.9, 0.98), fused=True)
         mark = digest_json(
             {
                 "loop": VERSION, "torch": torch.__version__, "threads": ctx.threads, "seed": ctx.seed,
-                "training": training.model_dump(mode="json"), "data": data.digest(), "validation": validation.digest(),
+                "training": training.model_dump(mode="json"), "objective": objective.digest(),
                 "start": digest_weights(network.weights), "identity": identity,
                 "device": network.device, "bf16": network.bf16, "path": network.path,
             }
@@ -248,19 +185,20 @@ class Loop:
         if found is None:
             return False
         with torch.no_grad():
-            for name, weight in self.network.weights.items():
+            for name, weight in self.network.trained.items():
                 weight.copy_(found["weights"][name])
         self.optimizer.load_state_dict(found["optimizer"])
+        self.objective.restore(found["objective"])
         self.state = State(**found["state"])
         return True
 
     def keep(self) -> None:
         """Write a checkpoint."""
-        weights = {n: w.detach().cpu() for n, w in self.network.weights.items()}
+        weights = {n: w.detach().cpu() for n, w in self.network.trained.items()}
         self.checkpoints.save(
             {
                 "weights": weights, "optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy(),
-                "best_file": self.state.best_file,
+                "objective": self.objective.state(), "best_file": self.state.best_file,
             }
         )  # fmt: skip
 
@@ -280,17 +218,6 @@ class Loop:
             self._plan = (epoch, epoch_plan(self.lengths, t.batch_size, self.ctx.seed, epoch, t.batching))
         return self._plan[1][index]
 
-    def parts(self, step: int) -> list[Part]:
-        """The batch of a step, laid out in `accumulate` parts."""
-        import numpy as np
-
-        t = self.training
-        split = [c for c in np.array_split(self.batch(step), t.accumulate) if len(c)]
-        capacity = min(256, t.max_length or 256)
-        return [
-            to_device(collate(self.data, c, t.prompt_weight, t.batching, capacity), self.network.device) for c in split
-        ]
-
     def step(self) -> None:
         """One optimiser step.
 
@@ -301,19 +228,20 @@ class Loop:
 
         s, step = self.state, self.state.step
         torch.manual_seed((self.ctx.seed * 1_000_003 + step) % (1 << 62))
-        parts = self.parts(step)
-        weight = max(float(sum(float(p.weights.sum()) for p in parts)), 1e-9)
+        self.network.learn(True)
         seen = self.seen_weights(step)
+        parts = self.objective.parts(self.batch(step), step, self.network, seen)
+        weight = max(float(sum(float(p.weights.sum()) for p in parts)), 1e-9)
         self.optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for part in parts:
-            loss = part_loss(self.network, seen, part, self.loss, self.training.dropout) / weight
+            loss = self.objective.loss(self.network, seen, part, self.training.dropout) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach())
-        for name, own in self.network.weights.items():
+        for name, own in self.network.trained.items():
             if seen[name] is not own:
                 own.grad = seen[name].grad
-        norm = float(torch.nn.utils.clip_grad_norm_(self.network.weights.values(), self.training.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.trained.values(), self.training.clip))
         self.check(value, norm)
         rate = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -334,7 +262,7 @@ class Loop:
         bound = max(1.5 * (s.first_loss or 0.0), (s.first_loss or 0.0) + 2.0)
         if finite and (s.smooth_loss or 0.0) <= bound:
             return
-        rows = [self.data.rows[int(i)] for i in self.batch(s.step)[:3]]
+        rows = [self.objective.rows[int(i)] for i in self.batch(s.step)[:3]]
         first = ", ".join(f"{r.file}:{r.line}" for r in rows)
         epoch, index = divmod(s.step, self.schedule.per_epoch)
         what = "the loss runs away" if finite else "the loss is not a number"
@@ -355,17 +283,17 @@ class Loop:
         }
         s.loss_sum = s.loss_weight = 0.0
         s.points.append(point)
-        if not looked or not len(self.validation.ids):
+        self.network.learn(False)
+        value = self.objective.validate(self.network, self.seen_weights(done - 1)) if looked else None
+        if value is None:
             return
         rounding = self.schedule.rounding_from
         if rounding is not None and done > rounding >= s.best_step and s.best_file:
             s.best_loss, s.best_file, s.stale = None, "", 0  # losses of exact and rounded weights do not compare
-        seen = self.seen_weights(done - 1)
-        value = validation_loss(self.network, seen, self.validation, self.training)
         point["validation_loss"] = round(value, 6)
         if s.best_loss is None or value < s.best_loss:
             s.best_loss, s.best_step, s.stale = value, done, 0
-            s.best_file = self.checkpoints.save_best(done, self.network.weights)
+            s.best_file = self.checkpoints.save_best(done, self.network.trained)
         else:
             s.stale += 1
             may = rounding is None or done > rounding
@@ -381,7 +309,6 @@ class Loop:
 
         progress, total = self.ctx.progress, self.schedule.total
         with deterministic(self.ctx.threads):
-            self.network.model.eval()
             if self.resume():
                 progress.log(f"going on from step {self.state.step} of {total}")
             s = self.state
@@ -403,7 +330,7 @@ class Loop:
             if s.best_file:
                 with torch.no_grad():
                     for name, value in self.checkpoints.load_best(s.best_file).items():
-                        self.network.weights[name].copy_(value)
+                        self.network.trained[name].copy_(value)
             progress.stop()
         return self.record()
 
@@ -424,8 +351,9 @@ class Loop:
             "steps": s.step, "planned_steps": self.schedule.total, "steps_per_epoch": self.schedule.per_epoch,
             "best_step": s.best_step if s.best_file else s.step,
             "best_validation_loss": round(s.best_loss, 6) if s.best_loss is not None else None,
-            "stopped_early": s.stopped, "tokens": s.tokens, "examples": len(self.data.ids),
-            "validation_examples": len(self.validation.ids), "parameters": self.network.parameters,
+            "stopped_early": s.stopped, "tokens": s.tokens, "examples": len(self.lengths),
+            "validation_examples": self.objective.validation_examples, "parameters": self.network.parameters,
+            "trained_parameters": sum(w.numel() for w in self.network.trained.values()),
             "precision": "bf16" if self.network.bf16 else "fp32", "rounding_from": self.schedule.rounding_from,
             "seed": self.ctx.seed, "threads": self.ctx.threads, "points": s.points,
         }  # fmt: skip

@@ -9,6 +9,7 @@ Any other architecture goes through its own code, with the output matrix at thos
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,17 +121,24 @@ class Network:
     Attributes:
         model: the Hugging Face model; its parameters are the values of `weights`.
         weights: parameter name to tensor.
+        trained: those of them that have gradients: all, or a tuning's new ones.
         matrices: names of the weights that 4-bit conversion rounds: all Linear layers and the token embedding.
         path: `fast`, `head` or `whole`: how logits are computed.
+        learning: whether dropout inside a tuning's layers, and recomputing of activations, are on.
     """
 
-    def __init__(self, model: Any, device: str = "cpu", bf16: bool = False) -> None:
+    def __init__(self, model: Any, device: str = "cpu", bf16: bool = False, checkpointing: bool = False) -> None:
         import torch
 
-        self.model = model.to(device)
+        self.model = model if getattr(model, "is_loaded_in_4bit", False) else model.to(device)
         self.device = device
         self.bf16 = bf16
+        self.checkpointing = checkpointing
+        self.learning = False
+        self.layers = LowRank.of(self.model)
+        self.modules = dict(self.model.named_modules())
         self.weights: dict[str, torch.Tensor] = dict(model.named_parameters())
+        self.trained = {name: weight for name, weight in self.weights.items() if weight.requires_grad}
         self.prefix = model.base_model_prefix + "."
         embedding = model.get_input_embeddings()
         self.matrices = tuple(
@@ -138,6 +146,7 @@ class Network:
             for name, module in model.named_modules()
             if (isinstance(module, torch.nn.Linear) or module is embedding) and f"{name}.weight" in self.weights
         )
+        self.learn(False)
         names = {id(p): n for n, p in self.weights.items()}
         self.embedding = names[id(embedding.weight)]
         head = model.get_output_embeddings()
@@ -158,19 +167,41 @@ class Network:
         plain = plain and config.hidden_act == "silu" and not getattr(config, "use_sliding_window", False)
         ids = torch.arange(14, device=self.device).reshape(2, 7) * 37 % self.vocabulary
         part = Part(ids, None, None, torch.arange(14, device=self.device), ids[0], ids[0], ids[0], ids[0], 14)
-        self.model.eval()
         self.bf16 = False
-        with torch.no_grad():
-            wanted = self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # additions that start at zero are looked at with other values
+            probe = self.weights | {
+                n: w + 0.02 * torch.randn_like(w)
+                for n, w in self.trained.items()
+                if len(self.trained) < len(self.weights)
+            }
+            options: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+            wanted = torch.func.functional_call(self.model, probe, (), options).logits.flatten(0, 1)
             for path in ("fast", "head") if plain else ("head",):
                 self.path = path
-                got = self.logits(self.weights, part)
+                got = self.logits(probe, part)
                 if torch.allclose(got, wanted, atol=TOLERANCE * max(1.0, float(wanted.abs().max())), rtol=1e-3):
                     break
             else:
                 self.path = "whole"
         self.bf16 = bf16
         return self.path
+
+    def learn(self, on: bool) -> None:
+        """Switch between a training step and a plain forward pass."""
+        import torch
+
+        self.learning = on
+        self.model.eval()
+        for name, module in self.modules.items():
+            if isinstance(module, torch.nn.Dropout) and ".lora_dropout." in name:
+                module.train(on)
+            if type(module).__name__ == "Linear4bit":
+                module.training = (
+                    True  # else bitsandbytes packs it for inference on CPUs, through which no gradient flows
+                )
+            if self.checkpointing and hasattr(module, "gradient_checkpointing"):
+                module.training = on
 
     def logits(self, weights: Weights, part: Part, dropout: float = 0.0) -> torch.Tensor:
         """(P, vocabulary) float32 logits at `part.where`. `weights` stand in for the model's own."""
@@ -231,6 +262,7 @@ class Network:
         """Llama and Qwen3, written out. Residual stream and norms in float32, products in bf16 if asked."""
         import torch
         from torch.nn import functional as F
+        from torch.utils.checkpoint import checkpoint
 
         config = self.model.config
         low = torch.bfloat16 if self.bf16 else torch.float32
@@ -240,9 +272,18 @@ class Network:
         rows, width = part.ids.shape
         cos, sin = self._rotary(part)
 
-        def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        def plain(x: torch.Tensor, name: str) -> torch.Tensor:
+            weight = weights[f"{name}.weight"]
+            if not weight.is_floating_point():  # held in 4 bits
+                return self.modules[name](x).to(low)  # type: ignore[no-any-return]
             bias = weights.get(f"{name}.bias")
-            return F.linear(x, weights[f"{name}.weight"].to(low), bias.to(low) if bias is not None else None)
+            return F.linear(x, weight.to(low), bias.to(low) if bias is not None else None)
+
+        def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+            added = self.layers.get(name)
+            if added is None:
+                return plain(x, name)
+            return added.forward(weights, x, plain(x, f"{name}.base_layer"), low, self.learning)
 
         def norm(x: torch.Tensor, name: str) -> torch.Tensor:
             return F.rms_norm(x.float(), (x.shape[-1],), weights[f"{name}.weight"], epsilon)
@@ -251,11 +292,7 @@ class Network:
             a, b = x.float().chunk(2, -1)
             return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
-        count = part.where.shape[0]
-        where = F.pad(part.where, (0, -count % ROWS))
-        x = F.dropout(F.embedding(part.ids, weights[self.embedding]), dropout)
-        for layer in range(config.num_hidden_layers):
-            here = f"{self.prefix}layers.{layer}."
+        def attention(x: torch.Tensor, here: str) -> torch.Tensor:
             h = norm(x, here + "input_layernorm").to(low)
             q = linear(h, here + "self_attn.q_proj").view(rows, width, heads, size)
             k = linear(h, here + "self_attn.k_proj").view(rows, width, groups, size)
@@ -267,11 +304,95 @@ class Network:
                 rotate(q.transpose(1, 2)), rotate(k.transpose(1, 2)), v.transpose(1, 2).float(),
                 attn_mask=part.mask, is_causal=part.mask is None, enable_gqa=groups != heads,
             )  # fmt: skip
-            attended = attended.transpose(1, 2).reshape(rows, width, heads * size).to(low)
-            if layer == config.num_hidden_layers - 1:
-                attended, x = attended.flatten(0, 1)[where], x.flatten(0, 1)[where]
+            return attended.transpose(1, 2).reshape(rows, width, heads * size).to(low)
+
+        def rest(x: torch.Tensor, attended: torch.Tensor, here: str) -> torch.Tensor:
             x = x + F.dropout(linear(attended, here + "self_attn.o_proj").float(), dropout)
             h = norm(x, here + "post_attention_layernorm").to(low)
-            h = F.silu(linear(h, here + "mlp.gate_proj")) * linear(h, here + "mlp.up_proj")
-            x = x + F.dropout(linear(h, here + "mlp.down_proj").float(), dropout)
+            inner = F.silu(linear(h, here + "mlp.gate_proj")) * linear(h, here + "mlp.up_proj")
+            out = linear(inner, here + "mlp.down_proj").float()
+            if f"{here}mlp.beside.down_proj.weight" in weights:
+                inner = F.silu(plain(h, here + "mlp.beside.gate_proj")) * plain(h, here + "mlp.beside.up_proj")
+                out = out + plain(inner, here + "mlp.beside.down_proj").float()
+            return x + F.dropout(out, dropout)
+
+        def block(x: torch.Tensor, here: str) -> torch.Tensor:
+            return rest(x, attention(x, here), here)
+
+        count = part.where.shape[0]
+        where = F.pad(part.where, (0, -count % ROWS))
+        x = F.dropout(F.embedding(part.ids, weights[self.embedding]), dropout)
+        last = config.num_hidden_layers - 1
+        for layer in range(last):
+            here = f"{self.prefix}layers.{layer}."
+            if self.checkpointing and self.learning:
+                x = checkpoint(block, x, here, use_reentrant=False)
+            else:
+                x = block(x, here)
+        here = f"{self.prefix}layers.{last}."
+        attended = attention(x, here)
+        x = rest(x.flatten(0, 1)[where], attended.flatten(0, 1)[where], here)
         return norm(x[:count], self.prefix + "norm")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """PEFT's addition to one linear layer, computed as PEFT does (a test compares them).
+
+    Attributes:
+        name: of the layer; its weights are `name.lora_A.default.weight` (rank, in) and `name.lora_B.default.weight` (out,
+            rank), and for DoRA `name.lora_magnitude_vector.default.weight` (out,).
+        scale: of the product.
+        dropout: of the input, while learning.
+        base: the layer as it was.
+    """
+
+    name: str
+    scale: float
+    dropout: float
+    base: Any
+
+    @classmethod
+    def of(cls, model: Any) -> dict[str, LowRank]:
+        """Those of a model, by the layer's name."""
+        found = {}
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+                drop = module.lora_dropout["default"]
+                found[name] = cls(
+                    name, float(module.scaling["default"]), float(getattr(drop, "p", 0.0)), module.base_layer
+                )
+        return found
+
+    def forward(
+        self, weights: Weights, x: torch.Tensor, out: torch.Tensor, low: torch.dtype, learning: bool
+    ) -> torch.Tensor:
+        """The layer's result.
+
+        Args:
+            x: (…, in) in `low`.
+            out: (…, out), what the layer gave as it was.
+        """
+        import torch
+        from torch.nn import functional as F
+
+        a, b = (weights[f"{self.name}.lora_{part}.default.weight"] for part in "AB")
+        dropped = F.dropout(x, self.dropout, training=learning)
+        addition = F.linear(F.linear(dropped, a.to(low)), b.to(low))
+        magnitude = weights.get(f"{self.name}.lora_magnitude_vector.default.weight")
+        if magnitude is None:
+            return out + self.scale * addition
+        with torch.no_grad():
+            weight = self.base.weight
+            if not weight.is_floating_point():
+                from peft.utils.integrations import dequantize_module_weight
+
+                weight = dequantize_module_weight(self.base)
+            length = torch.linalg.norm(weight + self.scale * (b @ a), dim=1)
+        factor = (magnitude / length).to(low)
+        bias = getattr(self.base, "bias", None)
+        plain = out if bias is None else out - bias.to(low)
+        if self.dropout and learning:  # as PEFT: the base sees what was dropped too
+            plain = F.linear(dropped, self.base.weight.to(low))
+        result: torch.Tensor = out + (factor - 1) * plain + factor * self.scale * addition
+        return result

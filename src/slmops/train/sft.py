@@ -20,13 +20,14 @@ from slmops.errors import DataError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     from slmops.train.encode import Encoded, Row
-    from slmops.train.loop import LossFunction
+    from slmops.train.network import Network
+    from slmops.train.objective import Objective
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
 
 DECLARATION = Declaration(
     name="train.sft",
-    version="2",
+    version="3",
     makes="model",
     takes={
         "data": "dataset",
@@ -111,7 +112,7 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("torch or transformers", "train") from error
-    from slmops.train import encode, network
+    from slmops.train import encode, network, tuning
 
     rows = encode.read(inputs, params.files)
     held = encode.read(inputs, (params.validation,)) if params.validation else []
@@ -128,7 +129,8 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     tokenizer = encode.load_tokenizer(folder)
     model: Any = None
     if params.architecture is None:
-        model = network.load(folder)
+        four = params.training.tuning == "qlora"
+        model = tuning.load_4bit(folder) if four else network.load(folder)
         if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
             raise ModelError(
                 f"{folder}: the tokenizer has {len(tokenizer)} entries, the model only "
@@ -145,33 +147,52 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     return Prepared(data, validation, model, folder)
 
 
+def supervised(params: Params, ready: Prepared) -> Objective:
+    """The plain objective: cross-entropy of the given answers."""
+    from slmops.train.objective import Supervised, cross_entropy
+
+    return Supervised(ready.data, ready.validation, params.training, cross_entropy(params.training))
+
+
 def learn(
     params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context, method: str,
-    make_loss: Callable[[Prepared], tuple[LossFunction, str]] | None = None,
+    make_objective: Callable[[Prepared, Network], Objective] | None = None,
 ) -> Facts:  # fmt: skip
-    """The whole of a training method: prepare, loop, save.
+    """The whole of a training method: prepare, tune, loop, save.
+
+    Writes a plain model folder; where the tuning added weights to a frozen base, they are merged into it and lie beside it
+    in the folder `adapter`.
 
     Args:
-        make_loss: the loss and a digest of what it depends on; default: cross-entropy.
+        make_objective: what is learned; default: `supervised`.
     """
     ready = prepare(params, inputs, ctx)
     import torch
 
-    from slmops.train import network
+    from slmops.train import network, tuning
     from slmops.train.loop import Loop, write_record
 
-    loss, depends = make_loss(ready) if make_loss else (None, "")
+    training = params.training
+    handle = tuning.apply(ready.model, training, ctx.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    count = sum(p.numel() for p in ready.model.parameters())
-    bf16 = network.precision_for(params.training.precision, count, device) == "bf16"
-    net = network.Network(ready.model, device, bf16)
+    model = ready.model if training.tuning in ("full", "adapter") else handle.get_base_model()
+    count = sum(p.numel() for p in model.parameters())
+    bf16 = network.precision_for(training.precision, count, device) == "bf16"
+    net = network.Network(model, device, bf16, training.checkpointing)
+    moved = sum(w.numel() for w in net.trained.values())
     ctx.progress.log(
-        f"{count / 1e6:.2f} M parameters, {len(ready.data.ids)} examples ({int(ready.data.lengths.sum())} tokens), "
+        f"{count / 1e6:.2f} M parameters{'' if handle is None else f', {moved / 1e6:.3f} M of them trained ({training.tuning})'}, "
+        f"{len(ready.data.ids)} examples ({int(ready.data.lengths.sum())} tokens), "
         f"{len(ready.validation.ids)} for validation, {'bf16' if bf16 else 'fp32'} on {device}"
     )
-    loop = Loop(net, ready.data, ready.validation, params.training, ctx, loss=loss, identity=[method, depends])
-    record = {"method": method, **loop.run()}
-    network.save(ready.model.to("cpu"), ready.tokenizer_folder, out)
+    objective = make_objective(ready, net) if make_objective else supervised(params, ready)
+    loop = Loop(net, objective, training, ctx, identity=method)
+    record = {"method": method, "tuning": training.tuning, **loop.run()}
+    plain = ready.model
+    if handle is not None:
+        tuning.save_adapter(handle, training, inputs["base"], out)
+        plain = tuning.merged(out / tuning.ADAPTER, inputs["base"])
+    network.save(plain.to("cpu"), ready.tokenizer_folder, out)
     write_record(record, out)
     return loop.facts()
 

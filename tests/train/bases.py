@@ -1,0 +1,37 @@
+"""Tiny models of the real architectures, to be tuned: random weights, a byte-level tokenizer, a chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("qwen3", "llama", "phi3", "gemma3")
+
+
+def build(kind: str, vocabulary: int, seed: int = 0, hidden: int = 64, layers: int = 2) -> Any:
+    """A float32 model of an architecture."""
+    import torch
+    import transformers as t
+
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+        "bos_token_id": None, "eos_token_id": 4, "initializer_range": hidden**-0.5, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    if kind == "qwen3":
+        return t.Qwen3ForCausalLM(t.Qwen3Config(**common, head_dim=hidden // 4))
+    if kind == "llama":
+        return t.LlamaForCausalLM(t.LlamaConfig(**common))
+    if kind == "phi3":
+        return t.Phi3ForCausalLM(t.Phi3Config(**common))
+    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**common, head_dim=hidden // 4, sliding_window=64))
+
+
+def save(kind: str, tokenizer: Path, out: Path, **settings: Any) -> Path:
+    """The folder of a base model with a tokenizer."""
+    from slmops.train import network
+    from slmops.train.encode import load_tokenizer
+
+    network.save(build(kind, len(load_tokenizer(tokenizer)), **settings), tokenizer, out)
+    return out
