@@ -228,6 +228,24 @@ ENDPOINT_NEUTRAL = (
 """Settings of an endpoint that cannot change an answer: they stay out of the keys of steps."""
 
 
+class OtherTeacher(Value):
+    """One more teacher with the first one's tokenizer: the student learns from the mean of their distributions."""
+
+    model: Architecture | None = None
+    base: str | None = Field(None, description="folder or hf:ORG/NAME[@REVISION]")
+    train: Training = Training()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="default: the first one's, plus its place"
+    )
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="against the first teacher's 1")
+
+    @model_validator(mode="after")
+    def _one(self) -> OtherTeacher:
+        if (self.model is None) == (self.base is None):
+            raise ValueError("give exactly one of model, base")
+        return self
+
+
 class Teacher(Value):
     """Exactly one of: a model trained by this file (`model`), a model that exists (`base`), or an `endpoint`."""
 
@@ -241,6 +259,7 @@ class Teacher(Value):
     tokenizer: TokenizerSpec = TokenizerSpec()
     train: Training = Training()
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description="default: the project's seed")
+    others: tuple[OtherTeacher, ...] = Field((), description="further teachers for `train.method: logits`")
     max_new_tokens: Positive = 64
 
     @model_validator(mode="after")
@@ -346,6 +365,8 @@ class Preference(Value):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="share of swapped labels assumed")
 
 
+FROM_TEACHER = ("logits", "on_policy", "hidden_states", "cross_tokenizer")
+"""Methods that learn from more of a teacher than its text."""
 TrainMethod = Literal["sequence", "logits", "on_policy", "hidden_states", "cross_tokenizer", "dpo", "orpo"]
 
 

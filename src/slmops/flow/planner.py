@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from slmops.core.spec import Architecture, Spec, TokenizerSpec, Training
+from slmops.core.spec import FROM_TEACHER, Architecture, Spec, TokenizerSpec, Training
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
 from slmops.train.estimate import parameters
@@ -49,20 +49,47 @@ def check(spec: Spec) -> list[Problem]:
         wrong("data.path", "names no data", "give a file, a folder of its own, or hf:ORG/NAME")
     if student.model is None and student.base is None:
         wrong("student", "is missing", "give student.model (an architecture) or student.base (an existing model)")
-    if spec.train.method == "logits":
+    method = spec.train.method
+    if method in FROM_TEACHER:
         if teacher is None:
-            wrong("train.method", "logits need a teacher", "add a teacher, or use `method: sequence`")
+            wrong("train.method", f"{method} needs a teacher", "add a teacher, or use `method: sequence`")
         elif teacher.endpoint is not None:
             wrong("train.method", "an endpoint does not give its distributions", "use `method: sequence`")
         elif teacher.instructed:
             hint = "use `method: sequence`, or `teacher: {instruct: false}` for a model that was trained on the task"
             wrong(
                 "train.method",
-                "logits are taken on plain prompts, which an instructed teacher does not understand",
+                "distributions are taken on plain prompts, which an instructed teacher does not understand",
                 hint,
             )
-        elif student.model is not None and student.tokenizer != "teacher":
-            wrong("student.tokenizer", "logit distillation needs the teacher's tokenizer", "use `tokenizer: teacher`")
+        elif method != "cross_tokenizer" and student.model is not None and student.tokenizer != "teacher":
+            wrong(
+                "student.tokenizer",
+                f"{method} needs the teacher's tokenizer",
+                "use `tokenizer: teacher`, or `method: cross_tokenizer`",
+            )
+    if teacher is not None and teacher.others and method != "logits":
+        wrong("teacher.others", "is for logit distillation", "use `train: {method: logits}`, or take them out")
+    if teacher is not None and teacher.others and teacher.model is None and any(o.model for o in teacher.others):
+        wrong(
+            "teacher.others",
+            "a teacher trained here needs the tokenizer of a first one trained here",
+            "give others a `base`",
+        )
+    trainings: list[tuple[str, Training]] = [("train", spec.train)]
+    if teacher is not None:
+        trainings += [("teacher.train", teacher.train)]
+        trainings += [(f"teacher.others.{n}.train", other.train) for n, other in enumerate(teacher.others)]
+    for path, training in trainings:
+        if training.tuning != "full" and (path != "train" or student.base is None):
+            wrong(
+                f"{path}.tuning",
+                f"{training.tuning} adds to a model that exists",
+                "give student.base, or use `tuning: full`",
+            )
+        elif training.tuning != "full" and training.quantization_aware != "off":
+            wrong(f"{path}.quantization_aware", f"rounds trained weights, but {training.tuning} trains others",
+                  "take it out, or use `tuning: full`")  # fmt: skip
     if student.model is not None and student.tokenizer == "teacher" and teacher is not None and teacher.endpoint:
         wrong("student.tokenizer", "an endpoint has no tokenizer to share", "give `tokenizer: {vocabulary: 2048}`")
     generate = spec.synthesize.generate
@@ -125,6 +152,8 @@ class _Builder:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.steps: list[Step] = []
+        self.taught: tuple[list[str], dict[str, str]] = ([], {})
+        self.others: dict[str, float] = {}
         self.shipped = f"student-{spec.convert.precision}"
 
     def add(
@@ -143,6 +172,7 @@ class _Builder:
             self._teacher(teacher.model)
         elif teacher is not None and teacher.base is not None:
             self._fetch("teacher", teacher.base)
+        self._other_teachers()
         self._synthesis()
         self._students()
         self._judge()
@@ -172,17 +202,37 @@ class _Builder:
         seed = self.spec.seed if teacher.seed is None else teacher.seed
         self._tokenizer("teacher-tokenizer", teacher.tokenizer)
         files, inputs = self._augmented("teacher", ["data/teacher.jsonl"], {"data": "data"})
+        self.taught = (files, inputs | {"tokenizer": "teacher-tokenizer"})
+        self._train_teacher("teacher", model, teacher.train, seed)
+
+    def _train_teacher(self, id: str, model: Architecture, training: Training, seed: int) -> None:
+        files, inputs = self.taught
         params = {
-            "training": _json(teacher.train),
+            "training": _json(training),
             "architecture": _json(model),
             "files": files,
             "validation": "data/validation.jsonl",
         }
-        size = parameters(model, teacher.tokenizer.vocabulary)
+        assert self.spec.teacher is not None
+        size = parameters(model, self.spec.teacher.tokenizer.vocabulary)
         self.add(
-            "teacher", "train.sft", params, f"train the teacher ({size / 1e6:.1f} M parameters)",
-            inputs | {"tokenizer": "teacher-tokenizer"}, seed=seed, threads=self._teacher_threads(),
+            id, "train.sft", params, f"train the {id} ({size / 1e6:.1f} M parameters)", inputs, seed=seed,
+            threads=self._teacher_threads(),
         )  # fmt: skip
+
+    def _other_teachers(self) -> None:
+        """`teacher-2`, `teacher-3`, …, each with its weight in the mean."""
+        teacher = self.spec.teacher
+        first = self.spec.seed if teacher is None or teacher.seed is None else teacher.seed
+        for place, other in enumerate(() if teacher is None else teacher.others, 2):
+            id = f"teacher-{place}"
+            if other.model is not None:
+                seed = first + place - 1 if other.seed is None else other.seed
+                self._train_teacher(id, other.model, other.train, seed)
+            else:
+                assert other.base is not None
+                self._fetch(id, other.base)
+            self.others[id] = other.weight
 
     def _augmented(self, model: str, files: list[str], inputs: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
         """Files and inputs of a training, with the augmented copies of its examples if the spec wants some."""
@@ -285,37 +335,41 @@ class _Builder:
             "student", files, inputs | ({"synthetic": "synthetic"} if "synthetic" in has else {})
         )
         common = {"architecture": architecture, "validation": None}
-        if spec.train.method == "logits":
+        params = {"training": _json(spec.train), "files": files} | common
+        method, teacher_threads = spec.train.method, self._teacher_threads()
+        if method == "logits":
             cache = {
                 "files": files,
                 "samples": spec.train.logit_samples,
                 "selection": spec.train.logit_selection,
                 "temperature": spec.train.temperature,
                 "max_length": spec.train.max_length,
+                "weights": self.others,
             }
+            asked = taught | {"teacher": "teacher"} | {f"teacher.{id}": id for id in self.others}
+            about = "one teacher pass: its distributions, cached"
+            self.add("logits", "train.cache_logits", cache, about, asked, threads=teacher_threads)
+            about = "distil the student (logits)"
+            self.add("student", "train.logits", params, about, taught | {"logits": "logits"}, threads=threads)
+        elif method == "cross_tokenizer":
+            cache = {"files": files, "max_length": spec.train.max_length}
+            about = "one teacher pass, cut where both tokenizers cut"
+            asked = taught | {"teacher": "teacher"}
+            self.add("aligned", "train.cache_aligned", cache, about, asked, threads=teacher_threads, seed=0)
+            about = "distil the student (another tokenizer)"
             self.add(
-                "logits",
-                "train.cache_logits",
-                cache,
-                "one teacher pass: its distributions, cached",
-                taught | {"teacher": "teacher"},
-                threads=self._teacher_threads(),
+                "student", "train.cross_tokenizer", params, about, taught | {"aligned": "aligned"}, threads=threads
             )
-            params = {"training": _json(spec.train), "files": files} | common
-            self.add(
-                "student",
-                "train.logits",
-                params,
-                "distil the student (logits)",
-                taught | {"logits": "logits"},
-                threads=threads,
-            )
+        elif method in ("on_policy", "hidden_states"):
+            word = "the student writes, the teacher scores" if method == "on_policy" else "imitate the teacher's inside"
+            asked = taught | {"teacher": "teacher"}
+            self.add("student", f"train.{method}", params, f"distil the student ({word})", asked, threads=threads)
         else:
             params = {"training": _json(training), "files": files} | common
             word = "distil the student (sequence level)" if "synthetic" in has else "train the student"
             self.add("student", "train.sft", params, word, taught, threads=threads)
         gold = {"few": "data/gold.jsonl", "all": "data/oracle.jsonl"}
-        about = {
+        without = {
             "few": "the student without the teacher, its gold only",
             "all": "the student without the teacher, all gold",
         }
@@ -323,7 +377,7 @@ class _Builder:
         for name in baselines if spec.teacher is not None else ():
             files, learned = self._augmented(name, [gold[name]], inputs)
             params = {"training": _json(training), "files": files} | common
-            self.add(name, "train.sft", params, about[name], learned, threads=threads)
+            self.add(name, "train.sft", params, without[name], learned, threads=threads)
 
     def _convert(self, model: str, precision: str) -> str:
         convert = _json(self.spec.convert)

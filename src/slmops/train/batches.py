@@ -38,6 +38,7 @@ class Part:
         owner: (P,) int64 index of the example.
         offset: (P,) int64 which answer token it is, counted from 0; negative in the prompt.
         tokens: tokens that are not padding.
+        written: whether the answers are the model's own.
     """
 
     ids: torch.Tensor
@@ -49,13 +50,14 @@ class Part:
     owner: torch.Tensor
     offset: torch.Tensor
     tokens: int
+    written: bool = False
 
     def narrow(self, start: int, stop: int) -> Part:
         """The same pass with only the loss positions from `start` to `stop`."""
         s = slice(start, stop)
         return Part(
             self.ids, self.positions, self.mask, self.where[s], self.targets[s], self.weights[s], self.owner[s],
-            self.offset[s], self.tokens,
+            self.offset[s], self.tokens, self.written,
         )  # fmt: skip
 
 
@@ -70,6 +72,22 @@ def epoch_plan(lengths: Ints, batch_size: int, seed: int, epoch: int, mode: Lite
         order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Order:
+    """Which examples each step sees: a pure function of lengths, seed and step, one epoch's plan at a time."""
+
+    def __init__(self, lengths: Ints, batch_size: int, seed: int, mode: Literal["bucket", "pack"]) -> None:
+        self.lengths, self.batch_size, self.seed, self.mode = lengths, batch_size, seed, mode
+        self.per_epoch = max(1, -(-len(lengths) // batch_size))
+        self._plan: tuple[int, list[Ints]] = (-1, [])
+
+    def batch(self, step: int) -> Ints:
+        """Indices of the examples of a step."""
+        epoch, index = divmod(step, self.per_epoch)
+        if self._plan[0] != epoch:
+            self._plan = (epoch, epoch_plan(self.lengths, self.batch_size, self.seed, epoch, self.mode))
+        return self._plan[1][index]
 
 
 def pack_rows(lengths: Ints, capacity: int) -> list[list[int]]:

@@ -8,6 +8,8 @@ full distribution's gradient on average. A plain top-k list has not: it forgets 
 `top_k`: the `samples` most likely tokens with their probabilities; what is missing to 1 is the tail, which
 `train.logits` treats as one more outcome.
 
+Several teachers (inputs `teacher.NAME`) are one: the weighted mean of their distributions, which is what is kept.
+
 Positions: for each example, in the order of `index.json`, every answer token and the end token. The file says which
 teacher, tokenizer and examples it belongs to; `train.logits` refuses anything else.
 """
@@ -15,9 +17,11 @@ teacher, tokenizer and examples it belongs to; `train.logits` refuses anything e
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from slmops.core.digest import digest_file, digest_json
 from slmops.core.method import Context, Declaration, Facts
@@ -36,10 +40,11 @@ SHARD = 32  # batches between two saved pieces: what a kill can cost
 
 DECLARATION = Declaration(
     name="train.cache_logits",
-    version="1",
+    version="2",
     makes="logits",
     takes={
         "teacher": "model",
+        "teacher.*": "model",
         "data": "dataset",
         "synthetic?": "dataset",
         "augmented?": "dataset",
@@ -60,6 +65,7 @@ class Params(Base):
         selection: see the module.
         temperature: of the teacher's distribution; the student must use the same.
         max_length: tokens an example may have; default: the teacher's context.
+        weights: of further teachers by name; `teacher` has weight 1.
     """
 
     files: tuple[str, ...]
@@ -67,12 +73,19 @@ class Params(Base):
     selection: Literal["sampled", "top_k"] = "sampled"
     temperature: float = 1.0
     max_length: Positive | None = None
+    weights: dict[str, float] = Field(default_factory=dict)
 
 
 def folder_digest(folder: Path) -> str:
     """Digest of a teacher: its configuration, weights and tokenizer files."""
     names = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja", ".model")]
     return digest_json({p.name: digest_file(p) for p in names if p.name != "training.json"})
+
+
+def _who(inputs: Mapping[str, Path], others: Sequence[str]) -> str:
+    """The digest of the teacher, or of all of them."""
+    found = [folder_digest(inputs[name]) for name in ("teacher", *others)]
+    return found[0] if len(found) == 1 else digest_json(found)
 
 
 def draw(
@@ -107,8 +120,28 @@ def draw(
     return counts, unique % vocabulary, often.float(), -(p * logp).sum(-1)
 
 
-def teacher_pass(network: Any, data: Encoded, params: Params, ctx: Context) -> dict[str, torch.Tensor]:
+def mixture(logits: Sequence[torch.Tensor], shares: Sequence[float], temperature: float) -> torch.Tensor:
+    """(P, vocabulary) logarithms of the weighted mean of the teachers' distributions at a temperature.
+
+    Args:
+        logits: (P, vocabulary) float32 of each teacher.
+        shares: their weights, of sum 1.
+    """
+    import math
+
+    import torch
+
+    each = [torch.log_softmax(z / temperature, -1) + math.log(w) for z, w in zip(logits, shares, strict=True)]
+    return each[0] if len(each) == 1 else torch.logsumexp(torch.stack(each), 0)
+
+
+def teacher_pass(
+    networks: Sequence[tuple[Any, float]], data: Encoded, params: Params, ctx: Context
+) -> dict[str, torch.Tensor]:
     """One forward pass over all examples, in pieces that survive a kill.
+
+    Args:
+        networks: the teachers with their shares.
 
     Returns:
         `counts`, `ids`, `weights`, `entropy` as in `draw`, and per position `nll` (of the answer token, temperature 1)
@@ -119,11 +152,12 @@ def teacher_pass(network: Any, data: Encoded, params: Params, ctx: Context) -> d
 
     from slmops.train.batches import collate
     from slmops.train.checkpoint import write
-    from slmops.train.loop import deterministic
+    from slmops.train.loop import deterministic, digest_weights
 
     order = np.argsort(data.lengths, kind="stable")
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    mark = digest_json([data.digest(), params.model_dump(mode="json"), ctx.seed, ctx.threads, torch.__version__])
+    who = [digest_weights(network.weights) for network, _ in networks]
+    mark = digest_json([data.digest(), who, params.model_dump(mode="json"), ctx.seed, ctx.threads, torch.__version__])
     found: dict[int, dict[str, torch.Tensor]] = {}
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     ctx.progress.start("teacher's distributions", len(order), "examples")
@@ -137,10 +171,15 @@ def teacher_pass(network: Any, data: Encoded, params: Params, ctx: Context) -> d
                 piece = {}
                 for number, batch in enumerate(batches[first : first + SHARD], first):
                     part = collate(data, batch, 0.0, "bucket")
-                    logits = network.logits(network.weights, part)
+                    every = [network.logits(network.weights, part) for network, _ in networks]
+                    shares = [share for _, share in networks]
+                    logits = mixture(every, shares, 1.0) if len(every) > 1 else every[0]
                     generator = torch.Generator().manual_seed((ctx.seed * 1_000_003 + number) % (1 << 62))
+                    drawn, temperature = logits, params.temperature
+                    if len(every) > 1:
+                        drawn, temperature = mixture(every, shares, temperature), 1.0
                     counts, ids, weights, entropy = draw(
-                        logits, params.samples, params.selection, params.temperature, generator
+                        drawn, params.samples, params.selection, temperature, generator
                     )
                     nll = torch.nn.functional.cross_entropy(logits, part.targets, reduction="none")
                     hit = (logits.argmax(-1) == part.targets).float()
@@ -255,10 +294,25 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
                 f"student and teacher have different tokenizers ({share:.1%} of the vocabulary agrees)",
                 "set student.tokenizer: teacher, or train.method: sequence",
             )
-    net = network.Network(network.load(inputs["teacher"]))
-    context = network.context_of(net.model)
+    names = sorted(name for name in inputs if name.startswith("teacher."))
+    weights = [1.0, *(params.weights.get(name.partition(".")[2], 1.0) for name in names)]
+    teachers = []
+    for name, weight in zip(["teacher", *names], weights, strict=True):
+        if encode.tokenizer_digest(inputs[name]) != mark:
+            raise TrainingError(
+                f"{name} has another tokenizer than the first teacher",
+                "the mean of distributions needs the same tokens",
+            )
+        teachers.append((network.Network(network.load(inputs[name])), weight / sum(weights)))
+    net = teachers[0][0]
+    for (other, _), name in zip(teachers[1:], names, strict=True):
+        if other.vocabulary != net.vocabulary:
+            raise TrainingError(
+                f"{name} has {other.vocabulary} tokens, the first teacher {net.vocabulary}", "take it out"
+            )
+    context = min(network.context_of(teacher.model) for teacher, _ in teachers)
     data = encode.encode(rows, tokenizer, min(context, params.max_length or context))
-    kept = teacher_pass(net, data, params, ctx)
+    kept = teacher_pass(teachers, data, params, ctx)
     small = torch.uint16 if net.vocabulary <= 1 << 16 else torch.uint32
     counted = torch.uint8 if params.samples < 256 else torch.uint16
     tensors = {
@@ -269,7 +323,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     }
     save_file(tensors, out / "distributions.safetensors")
     index: dict[str, Any] = {
-        "format": 1, "teacher": folder_digest(inputs["teacher"]), "tokenizer": mark, "vocabulary": net.vocabulary,
+        "format": 1, "teacher": _who(inputs, names), "tokenizer": mark, "vocabulary": net.vocabulary,
         "selection": params.selection, "samples": params.samples, "temperature": params.temperature,
         "examples": [encode.answer_digest(row) for row in data.rows], "positions": data.answer_tokens.tolist(),
     }  # fmt: skip

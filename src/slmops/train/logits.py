@@ -202,11 +202,11 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 
     def objective(ready: Prepared, net: Network) -> Objective:
         from slmops.train.encode import tokenizer_digest
-        from slmops.train.objective import Supervised
+        from slmops.train.objective import Supervised, on_logits
 
         cache = Cache.load(inputs["logits"])
         first = align(ready, cache, params.training, tokenizer_digest(ready.tokenizer_folder))
-        loss = mixed(params.training, cache, first)
+        loss = on_logits(mixed(params.training, cache, first))
         depends = digest_file(inputs["logits"] / "distributions.safetensors")
         return Supervised(ready.data, ready.validation, params.training, loss, depends)
 

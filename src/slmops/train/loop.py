@@ -25,7 +25,7 @@ from slmops.core.digest import digest_json
 from slmops.core.method import Context, Facts
 from slmops.core.spec import Training
 from slmops.errors import TrainingError
-from slmops.train.batches import epoch_plan
+from slmops.train.batches import Order
 from slmops.train.checkpoint import Checkpoints
 from slmops.train.quantization_aware import START, fake_int4
 
@@ -162,7 +162,7 @@ class Loop:
         self.lengths = objective.lengths
         self.schedule = Schedule.of(training, len(self.lengths))
         self.state = State()
-        self._plan: tuple[int, list[Any]] = (-1, [])
+        self.order = Order(self.lengths, training.batch_size, ctx.seed, training.batching)
         decayed = [w for w in network.trained.values() if w.ndim >= 2]
         rest = [w for w in network.trained.values() if w.ndim < 2]
         groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -204,19 +204,11 @@ class Loop:
 
     def seen_weights(self, step: int) -> dict[str, torch.Tensor]:
         """What the forward pass of a step sees: the weights themselves, or rounded copies that collect gradients."""
-        weights = dict(self.network.weights)
+        weights = self.network.weights | self.network.trained  # an objective may have brought weights of its own
         if self.schedule.rounds(step):
             for name in self.network.matrices:
                 weights[name] = fake_int4(weights[name], self.training.block_size).requires_grad_()
         return weights
-
-    def batch(self, step: int) -> Any:
-        """Indices of the examples of a step."""
-        epoch, index = divmod(step, self.schedule.per_epoch)
-        if self._plan[0] != epoch:
-            t = self.training
-            self._plan = (epoch, epoch_plan(self.lengths, t.batch_size, self.ctx.seed, epoch, t.batching))
-        return self._plan[1][index]
 
     def step(self) -> None:
         """One optimiser step.
@@ -230,7 +222,7 @@ class Loop:
         torch.manual_seed((self.ctx.seed * 1_000_003 + step) % (1 << 62))
         self.network.learn(True)
         seen = self.seen_weights(step)
-        parts = self.objective.parts(self.batch(step), step, self.network, seen)
+        parts = self.objective.parts(self.order.batch(step), step, self.network, seen)
         weight = max(float(sum(float(p.weights.sum()) for p in parts)), 1e-9)
         self.optimizer.zero_grad(set_to_none=True)
         value = 0.0
@@ -262,7 +254,7 @@ class Loop:
         bound = max(1.5 * (s.first_loss or 0.0), (s.first_loss or 0.0) + 2.0)
         if finite and (s.smooth_loss or 0.0) <= bound:
             return
-        rows = [self.objective.rows[int(i)] for i in self.batch(s.step)[:3]]
+        rows = [self.objective.rows[int(i)] for i in self.order.batch(s.step)[:3]]
         first = ", ".join(f"{r.file}:{r.line}" for r in rows)
         epoch, index = divmod(s.step, self.schedule.per_epoch)
         what = "the loss runs away" if finite else "the loss is not a number"

@@ -9,7 +9,6 @@ Any other architecture goes through its own code, with the output matrix at thos
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from slmops.errors import ModelError
 from slmops.train.batches import Part
 from slmops.train.encode import TOKENIZER_FILES
 from slmops.train.estimate import ffn_width
+from slmops.train.written import ROWS, LowRank, Written
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     Weights = Mapping[str, torch.Tensor]
 
 TOLERANCE = 2e-4
-
-ROWS = 64
-"""Rows whose number differs from batch to batch are filled up to a multiple of this: the CPU library compiles and keeps a
-kernel for every shape it meets, which costs time and, over thousands of batches, gigabytes."""
 
 
 def build(architecture: Architecture, tokenizer: Any, seed: int) -> Any:
@@ -227,7 +223,7 @@ class Network:
         import torch
 
         if self.path == "fast":
-            return self._fast(weights, part, dropout)
+            return Written(self, weights, dropout).hidden(part)
         options: dict[str, Any] = {"input_ids": part.ids, "use_cache": False}
         if part.mask is not None:
             options |= {"attention_mask": part.mask, "position_ids": part.positions}
@@ -241,11 +237,10 @@ class Network:
         chosen: torch.Tensor = out.flatten(0, 1)[part.where]
         return chosen
 
-    def _rotary(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the half angles: (T, d/2), or (B, 1, T, d/2) where positions are given."""
+    def angles(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the half angles of positions 0, 1, …: (at least `width`, d/2) each."""
         import torch
 
-        width = part.ids.shape[1]
         if self._angles is None or self._angles[0].shape[0] < width:
             size = max(64, 1 << (width - 1).bit_length())
             probe = torch.zeros(1, device=self.device)
@@ -253,146 +248,4 @@ class Network:
                 cos, sin = self.model.base_model.rotary_emb(probe, torch.arange(size, device=self.device)[None])
             half = cos.shape[-1] // 2
             self._angles = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
-        cos, sin = self._angles
-        if part.positions is None:
-            return cos[:width], sin[:width]
-        return cos[part.positions][:, None], sin[part.positions][:, None]
-
-    def _fast(self, weights: Weights, part: Part, dropout: float) -> torch.Tensor:
-        """Llama and Qwen3, written out. Residual stream and norms in float32, products in bf16 if asked."""
-        import torch
-        from torch.nn import functional as F
-        from torch.utils.checkpoint import checkpoint
-
-        config = self.model.config
-        low = torch.bfloat16 if self.bf16 else torch.float32
-        epsilon, heads = config.rms_norm_eps, config.num_attention_heads
-        groups = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        rows, width = part.ids.shape
-        cos, sin = self._rotary(part)
-
-        def plain(x: torch.Tensor, name: str) -> torch.Tensor:
-            weight = weights[f"{name}.weight"]
-            if not weight.is_floating_point():  # held in 4 bits
-                return self.modules[name](x).to(low)  # type: ignore[no-any-return]
-            bias = weights.get(f"{name}.bias")
-            return F.linear(x, weight.to(low), bias.to(low) if bias is not None else None)
-
-        def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-            added = self.layers.get(name)
-            if added is None:
-                return plain(x, name)
-            return added.forward(weights, x, plain(x, f"{name}.base_layer"), low, self.learning)
-
-        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-            return F.rms_norm(x.float(), (x.shape[-1],), weights[f"{name}.weight"], epsilon)
-
-        def rotate(x: torch.Tensor) -> torch.Tensor:
-            a, b = x.float().chunk(2, -1)
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-        def attention(x: torch.Tensor, here: str) -> torch.Tensor:
-            h = norm(x, here + "input_layernorm").to(low)
-            q = linear(h, here + "self_attn.q_proj").view(rows, width, heads, size)
-            k = linear(h, here + "self_attn.k_proj").view(rows, width, groups, size)
-            v = linear(h, here + "self_attn.v_proj").view(rows, width, groups, size)
-            if f"{here}self_attn.q_norm.weight" in weights:
-                q, k = norm(q, here + "self_attn.q_norm"), norm(k, here + "self_attn.k_norm")
-            # In float32: the CPU's bfloat16 kernel takes five to ten times as long on short rows.
-            attended = F.scaled_dot_product_attention(
-                rotate(q.transpose(1, 2)), rotate(k.transpose(1, 2)), v.transpose(1, 2).float(),
-                attn_mask=part.mask, is_causal=part.mask is None, enable_gqa=groups != heads,
-            )  # fmt: skip
-            return attended.transpose(1, 2).reshape(rows, width, heads * size).to(low)
-
-        def rest(x: torch.Tensor, attended: torch.Tensor, here: str) -> torch.Tensor:
-            x = x + F.dropout(linear(attended, here + "self_attn.o_proj").float(), dropout)
-            h = norm(x, here + "post_attention_layernorm").to(low)
-            inner = F.silu(linear(h, here + "mlp.gate_proj")) * linear(h, here + "mlp.up_proj")
-            out = linear(inner, here + "mlp.down_proj").float()
-            if f"{here}mlp.beside.down_proj.weight" in weights:
-                inner = F.silu(plain(h, here + "mlp.beside.gate_proj")) * plain(h, here + "mlp.beside.up_proj")
-                out = out + plain(inner, here + "mlp.beside.down_proj").float()
-            return x + F.dropout(out, dropout)
-
-        def block(x: torch.Tensor, here: str) -> torch.Tensor:
-            return rest(x, attention(x, here), here)
-
-        count = part.where.shape[0]
-        where = F.pad(part.where, (0, -count % ROWS))
-        x = F.dropout(F.embedding(part.ids, weights[self.embedding]), dropout)
-        last = config.num_hidden_layers - 1
-        for layer in range(last):
-            here = f"{self.prefix}layers.{layer}."
-            if self.checkpointing and self.learning:
-                x = checkpoint(block, x, here, use_reentrant=False)
-            else:
-                x = block(x, here)
-        here = f"{self.prefix}layers.{last}."
-        attended = attention(x, here)
-        x = rest(x.flatten(0, 1)[where], attended.flatten(0, 1)[where], here)
-        return norm(x[:count], self.prefix + "norm")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """PEFT's addition to one linear layer, computed as PEFT does (a test compares them).
-
-    Attributes:
-        name: of the layer; its weights are `name.lora_A.default.weight` (rank, in) and `name.lora_B.default.weight` (out,
-            rank), and for DoRA `name.lora_magnitude_vector.default.weight` (out,).
-        scale: of the product.
-        dropout: of the input, while learning.
-        base: the layer as it was.
-    """
-
-    name: str
-    scale: float
-    dropout: float
-    base: Any
-
-    @classmethod
-    def of(cls, model: Any) -> dict[str, LowRank]:
-        """Those of a model, by the layer's name."""
-        found = {}
-        for name, module in model.named_modules():
-            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-                drop = module.lora_dropout["default"]
-                found[name] = cls(
-                    name, float(module.scaling["default"]), float(getattr(drop, "p", 0.0)), module.base_layer
-                )
-        return found
-
-    def forward(
-        self, weights: Weights, x: torch.Tensor, out: torch.Tensor, low: torch.dtype, learning: bool
-    ) -> torch.Tensor:
-        """The layer's result.
-
-        Args:
-            x: (…, in) in `low`.
-            out: (…, out), what the layer gave as it was.
-        """
-        import torch
-        from torch.nn import functional as F
-
-        a, b = (weights[f"{self.name}.lora_{part}.default.weight"] for part in "AB")
-        dropped = F.dropout(x, self.dropout, training=learning)
-        addition = F.linear(F.linear(dropped, a.to(low)), b.to(low))
-        magnitude = weights.get(f"{self.name}.lora_magnitude_vector.default.weight")
-        if magnitude is None:
-            return out + self.scale * addition
-        with torch.no_grad():
-            weight = self.base.weight
-            if not weight.is_floating_point():
-                from peft.utils.integrations import dequantize_module_weight
-
-                weight = dequantize_module_weight(self.base)
-            length = torch.linalg.norm(weight + self.scale * (b @ a), dim=1)
-        factor = (magnitude / length).to(low)
-        bias = getattr(self.base, "bias", None)
-        plain = out if bias is None else out - bias.to(low)
-        if self.dropout and learning:  # as PEFT: the base sees what was dropped too
-            plain = F.linear(dropped, self.base.weight.to(low))
-        result: torch.Tensor = out + (factor - 1) * plain + factor * self.scale * addition
-        return result
+        return self._angles

@@ -1,7 +1,7 @@
 """What a training learns, apart from how the loop goes about it: what a step feeds, what it costs, how good the model is.
 
-`Supervised` is the plain objective: answers are given, and a loss looks at the logits of their tokens. Methods that need
-more (the student's own answers, pairs, hidden states) bring an `Objective` of their own.
+`Supervised` is the plain objective: answers are given, and the loss is a sum over their tokens. Methods that need more (the
+student's own answers, pairs) bring an `Objective` of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     LossFunction = Callable[[torch.Tensor, Part], torch.Tensor]
     Weights = Mapping[str, torch.Tensor]
+    PartLoss = Callable[[Network, Weights, Part, float], torch.Tensor]
 
 HEAD_ELEMENTS = 1 << 26
 """Logits computed at once; more are computed again in the backward pass."""
@@ -84,21 +85,26 @@ def to_device(part: Part, device: str) -> Part:
     return replace(part, **moved)
 
 
+def piecewise(count: int, vocabulary: int, piece: Callable[[int, int], torch.Tensor]) -> list[torch.Tensor]:
+    """What `piece` gives for positions 0 to `count`: at once, or, where the logits are large, in pieces (start, stop) that are
+    computed again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    size = max(1, HEAD_ELEMENTS // vocabulary)
+    if count <= size:
+        return [piece(0, count)]
+    return [checkpoint(piece, a, min(a + size, count), use_reentrant=False) for a in range(0, count, size)]
+
+
 def in_pieces(
     network: Network, weights: Weights, part: Part, hidden: torch.Tensor, loss: LossFunction
 ) -> list[torch.Tensor]:
-    """What `loss` gives for the logits of (P, hidden) states; in pieces of the positions where the logits are large."""
-    from torch.utils.checkpoint import checkpoint
+    """What `loss` gives for the logits of (P, hidden) states."""
 
-    piece = max(1, HEAD_ELEMENTS // network.vocabulary)
-    count = hidden.shape[0]
-    if count <= piece:
-        return [loss(network.project(weights, hidden), part)]
+    def piece(a: int, b: int) -> torch.Tensor:
+        return loss(network.project(weights, hidden[a:b]), part.narrow(a, b))
 
-    def one(some: torch.Tensor, a: int) -> torch.Tensor:
-        return loss(network.project(weights, some), part.narrow(a, a + some.shape[0]))
-
-    return [checkpoint(one, hidden[a : a + piece], a, use_reentrant=False) for a in range(0, count, piece)]
+    return piecewise(hidden.shape[0], network.vocabulary, piece)
 
 
 def part_loss(network: Network, weights: Weights, part: Part, loss: LossFunction, dropout: float = 0.0) -> torch.Tensor:
@@ -106,6 +112,15 @@ def part_loss(network: Network, weights: Weights, part: Part, loss: LossFunction
     sums = in_pieces(network, weights, part, network.hidden(weights, part, dropout), loss)
     total: torch.Tensor = sum(sums[1:], start=sums[0])
     return total
+
+
+def on_logits(loss: LossFunction) -> PartLoss:
+    """The loss of a part from a loss that looks at logits alone."""
+
+    def whole(network: Network, weights: Weights, part: Part, dropout: float) -> torch.Tensor:
+        return part_loss(network, weights, part, loss, dropout)
+
+    return whole
 
 
 def token_logps(network: Network, weights: Weights, part: Part, dropout: float = 0.0) -> torch.Tensor:
@@ -143,17 +158,18 @@ def split(chosen: Ints, training: Training) -> list[Ints]:
 
 @dataclass
 class Supervised:
-    """Answers are given; `logits_loss` maps logits (P, vocabulary) float32 and the part to a weighted sum.
+    """Answers are given, and the loss is a sum over their tokens.
 
     Attributes:
         data, validation: tokenised examples; `validation` may have none.
+        part_loss: the weighted sum of the losses of a part.
         depends: whatever else the loss reads, for the checkpoint.
     """
 
     data: Encoded
     validation: Encoded
     training: Training
-    logits_loss: LossFunction
+    part_loss: PartLoss
     depends: Any = ""
 
     @property
@@ -186,7 +202,7 @@ class Supervised:
 
     def loss(self, network: Network, weights: Weights, part: Part, dropout: float) -> torch.Tensor:
         """See `part_loss`."""
-        return part_loss(network, weights, part, self.logits_loss, dropout)
+        return self.part_loss(network, weights, part, dropout)
 
     def validate(self, network: Network, weights: Weights) -> float | None:
         """See `validation_loss`."""

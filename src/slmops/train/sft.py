@@ -60,12 +60,17 @@ class Params(Base):
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a training needs, checked: data fits the model, tokenizer and model agree."""
+    """All that a training needs, checked: data fits the model, tokenizer and model agree.
+
+    Attributes:
+        limit: most tokens of an example.
+    """
 
     data: Encoded
     validation: Encoded
     model: Any
     tokenizer_folder: Path
+    limit: int
 
 
 def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -144,14 +149,15 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
         raise DataError("all examples were held out for validation", "lower train.holdout or give more examples")
     if params.architecture:
         model = network.build(params.architecture, tokenizer, ctx.seed)
-    return Prepared(data, validation, model, folder)
+    return Prepared(data, validation, model, folder, limit)
 
 
 def supervised(params: Params, ready: Prepared) -> Objective:
     """The plain objective: cross-entropy of the given answers."""
-    from slmops.train.objective import Supervised, cross_entropy
+    from slmops.train.objective import Supervised, cross_entropy, on_logits
 
-    return Supervised(ready.data, ready.validation, params.training, cross_entropy(params.training))
+    loss = on_logits(cross_entropy(params.training))
+    return Supervised(ready.data, ready.validation, params.training, loss)
 
 
 def learn(
