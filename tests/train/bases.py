@@ -8,14 +8,14 @@ from typing import Any
 ARCHITECTURES = ("qwen3", "llama", "phi3", "gemma3")
 
 
-def build(kind: str, vocabulary: int, seed: int = 0, hidden: int = 64, layers: int = 2) -> Any:
+def build(kind: str, vocabulary: int, seed: int = 0, hidden: int = 64, layers: int = 2, context: int = 128) -> Any:
     """A float32 model of an architecture."""
     import torch
     import transformers as t
 
     common: dict[str, Any] = {
         "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": context, "pad_token_id": 0,
         "bos_token_id": None, "eos_token_id": 4, "initializer_range": hidden**-0.5, "tie_word_embeddings": True,
     }  # fmt: skip
     torch.manual_seed(seed)
@@ -34,4 +34,25 @@ def save(kind: str, tokenizer: Path, out: Path, **settings: Any) -> Path:
     from slmops.train.encode import load_tokenizer
 
     network.save(build(kind, len(load_tokenizer(tokenizer)), **settings), tokenizer, out)
+    return out
+
+
+def adapter(
+    base: Path, out: Path, *, tuning: str = "lora", rank: int = 4, seed: int = 0, targets: tuple[str, ...] | None = None
+) -> Path:
+    """The folder that a training would write, without one: new weights are random, and large enough to matter."""
+    import torch
+
+    from slmops.core.spec import Lora, Training
+    from slmops.train import network
+    from slmops.train import tuning as tunings
+
+    training = Training(tuning=tuning, lora=Lora(rank=rank, targets=targets), adapter_width=8)  # type: ignore[arg-type]
+    handle = tunings.apply(network.load(base), training, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in handle.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    tunings.save_adapter(handle, training, base, out)
+    network.save(tunings.merged(out / "adapter", base), base, out)
     return out

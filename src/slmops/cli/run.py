@@ -114,4 +114,18 @@ def _print_end(report: dict[str, Any], made: dict[str, Path]) -> None:
                 f"{made['bundle']} ({size(sum(p.stat().st_size for p in made['bundle'].rglob('*') if p.is_file()))})",
             ]
         )
+    if "adapters.json" in made:
+        rows += [["adapters", str(made["adapters"])], *_adapter_rows(made["adapters.json"])]
     print("\n".join(columns(rows)))
+
+
+def _adapter_rows(file: Path) -> list[list[str]]:
+    """The first score of each adapter."""
+    from slmops.evaluate.words import interval, shown, title
+    from slmops.store.files import read_json
+
+    rows = []
+    for name, scores in (read_json(file) or {}).items():
+        metric, score = next(iter(scores.items()))
+        rows.append([f"  {name}", f"{title(metric)} {shown(metric, score['value'])} ({interval(metric, score)})"])
+    return rows

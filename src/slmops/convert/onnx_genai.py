@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -127,8 +127,12 @@ def choose(data: Path, count: int) -> list[Example]:
     return [examples[key] for key in sorted(examples)[:count]]
 
 
-def build(source: Path, work: Path) -> None:
-    """Let the runtime's model builder write its float32 graph and settings into `work`."""
+def build(source: Path, work: Path, *extra: str) -> None:
+    """Let the runtime's model builder write its float32 graph and settings into `work`.
+
+    Args:
+        extra: further options of the builder, such as `fuse_qkv=false`.
+    """
     import importlib.util
 
     if not importlib.util.find_spec("onnxruntime_genai") or not importlib.util.find_spec("onnxscript"):
@@ -138,7 +142,7 @@ def build(source: Path, work: Path) -> None:
             from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
             place = (None, str(source), str(work), "fp32", "cpu", str(work / "cache"))
-            options = parse_extra_options(*place, ["prune_lm_head=true", "hf_token=false"])
+            options = parse_extra_options(*place, ["prune_lm_head=true", "hf_token=false", *extra])
             create_model(*place, **options)
         except ImportError as error:
             raise MissingExtraError(f"The model builder ({error.name})", "convert") from error
@@ -170,8 +174,14 @@ def _quiet() -> Iterator[io.StringIO]:
             os.environ["TQDM_DISABLE"] = bars
 
 
-def write(source: Path, work: Path, out: Path, params: Params) -> Facts:
-    """Rewrite the builder's graph into `out`, with its settings and the tokenizer of the source."""
+def write(
+    source: Path, work: Path, out: Path, params: Params, change: Callable[[Any], None] | None = None
+) -> Facts:  # fmt: skip
+    """Rewrite the builder's graph into `out`, with its settings and the tokenizer of the source.
+
+    Args:
+        change: done to the builder's graph (an `onnx.ModelProto`) while its nodes still have names.
+    """
     import shutil
 
     import onnx
@@ -179,6 +189,8 @@ def write(source: Path, work: Path, out: Path, params: Params) -> Facts:
     from slmops.convert.onnx_graph import rewrite
 
     model = onnx.load(work / "model.onnx")
+    if change:
+        change(model)
     report = rewrite(
         model,
         bits=BITS[params.precision],

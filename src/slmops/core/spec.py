@@ -451,6 +451,17 @@ class Evaluate(Value):
     measure: Measure = Measure()
 
 
+class AdapterTask(Value):
+    """One more task over `student.base`, learned by low-rank additions that a runtime switches on for it.
+
+    All adapters and the base become one model (step student-adapters). `train.tuning` must be lora, rslora or qlora.
+    """
+
+    data: Data
+    task: Task | None = Field(None, description="default: the project's")
+    train: Train | None = Field(None, description="default: the project's")
+
+
 class Spec(Value):
     """A whole project file."""
 
@@ -464,5 +475,8 @@ class Spec(Value):
     synthesize: Synthesize = Synthesize()
     student: Student = Student()
     train: Train = Train()
+    adapters: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], AdapterTask] = Field(
+        default_factory=dict, description="further tasks over student.base by name, each an adapter of its own"
+    )
     convert: Convert = Convert()
     evaluate: Evaluate = Evaluate()

@@ -37,16 +37,17 @@ def detect(folder: Path) -> Literal["torch", "onnx_genai"]:
     )
 
 
-def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto") -> Engine:
+def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapter: str | None = None) -> Engine:
     """Load a model.
 
     Args:
         folder: a model folder in Hugging Face or ONNX Runtime GenAI form, with its tokenizer and chat template.
         threads: CPU threads, at least 1.
         kind: the runtime; `auto` takes the one that the folder is for.
+        adapter: answer with this one of the folder's adapters (`convert.onnx_adapters`).
 
     Raises:
-        ModelError: the folder is not a model of that kind or cannot be loaded.
+        ModelError: the folder is not a model of that kind, has no such adapter, or cannot be loaded.
         MissingExtraError: the runtime is not installed.
     """
     found = detect(folder)
@@ -55,12 +56,17 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto") -> En
     if threads < 1:
         raise ModelError(f"threads must be at least 1, not {threads}", "leave threads out or give a positive number")
     if found == "torch":
+        if adapter is not None:
+            raise ModelError(
+                f"{folder}: adapters are switched in ONNX Runtime GenAI only",
+                "a trained model's folder has its adapter merged in already: leave the adapter out",
+            )
         from slmops.engines.torch_engine import TorchEngine
 
         return TorchEngine(folder, threads=threads)
     from slmops.engines.onnx_genai import GenaiEngine
 
-    return GenaiEngine(folder, threads=threads)
+    return GenaiEngine(folder, threads=threads, adapter=adapter)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 One generator is kept and rewound for greedy answers, since making one costs more than a token of a small model. Times
 count from the call for a prompt to its tokens; turning text into ids and back is outside.
+
+A folder that `convert.onnx_adapters` wrote has several adapters over one base: `use` switches between them while the model
+stays loaded.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slmops.core.digest import digest_file
 from slmops.core.engine import Generation, Sampling
 from slmops.engines import clean, no_room, read_json
 from slmops.errors import MissingExtraError, ModelError
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SEED_BITS = 0x7FFFFFFF
+ADAPTERS = "adapters.json"
+"""In a folder with adapters: their names, files and digests, and the digest of the base that they belong to."""
 
 
 class GenaiEngine:
@@ -28,13 +35,17 @@ class GenaiEngine:
 
     name = "onnx_genai"
 
-    def __init__(self, folder: Path, *, threads: int = 1) -> None:
+    def __init__(self, folder: Path, *, threads: int = 1, adapter: str | None = None) -> None:
         try:
             import numpy
             import onnxruntime_genai as og
         except ImportError as error:
             raise MissingExtraError("ONNX Runtime GenAI", "runtime") from error
         settings = read_json(folder / "genai_config.json")
+        self._folder = folder
+        self._active: str | None = None
+        if adapter is not None:
+            self._entry(adapter)  # before the model is loaded
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         try:
             config = og.Config(str(folder))
@@ -50,6 +61,53 @@ class GenaiEngine:
         self._special = special_ids(folder / "tokenizer.json") | self.end_ids
         self._generator: Any = None
         self._length = 0
+        self._adapters: Any = None
+        self._loaded: set[str] = set()
+        self.use(adapter)
+
+    def _entry(self, adapter: str) -> str:
+        """The file of an adapter, if the folder has it as it was written.
+
+        Raises:
+            ModelError: the folder has no such adapter, or other bytes.
+        """
+        if not (self._folder / ADAPTERS).is_file():
+            raise ModelError(
+                f"{self._folder} has no adapters", "convert a base with adapters, or leave the adapter out"
+            )
+        known = read_json(self._folder / ADAPTERS).get("adapters", {})
+        if adapter not in known:
+            close = difflib.get_close_matches(adapter, known, n=1)
+            there = f"there are: {', '.join(sorted(known))}"
+            raise ModelError(
+                f"{self._folder} has no adapter {adapter}", f"did you mean {close[0]}?" if close else there
+            )
+        file = self._folder / known[adapter]["file"]
+        if not file.is_file() or digest_file(file) != known[adapter]["digest"]:
+            raise ModelError(f"{file} is missing or not as it was written", "convert the model again")
+        return str(file)
+
+    def use(self, adapter: str | None) -> None:
+        """Answer with this adapter from now on; None: with the base alone.
+
+        Raises:
+            ModelError: the folder has no such adapter, or the runtime cannot load it.
+        """
+        if adapter is not None and adapter not in self._loaded:
+            file = self._entry(adapter)
+            try:
+                self._adapters = self._adapters or self._og.Adapters(self._model)
+                self._adapters.load(file, adapter)
+            except Exception as error:
+                raise ModelError(f"{file} cannot be loaded: {error}", "convert the model again") from error
+            self._loaded.add(adapter)
+        self._active, self._generator = adapter, None
+
+    def _new(self, params: Any) -> Any:
+        generator = self._og.Generator(self._model, params)
+        if self._active is not None:
+            generator.set_active_adapter(self._adapters, self._active)
+        return generator
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the rendered prompt, ready for the answer."""
@@ -108,7 +166,7 @@ class GenaiEngine:
             self._length = min(self.context_length, max(64, 1 << (length - 1).bit_length()))
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(max_length=self._length, do_sample=False, num_beams=1, min_length=0)
-            self._generator = self._og.Generator(self._model, params)
+            self._generator = self._new(params)
         else:
             self._generator.rewind_to(0)
         return self._generator
@@ -123,7 +181,7 @@ class GenaiEngine:
             top_k=sampling.top_k,
             random_seed=(sampling.seed + index) & SEED_BITS,
         )
-        return self._og.Generator(self._model, params)
+        return self._new(params)
 
     def logits(self, ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Teacher-forced logits, float32 (len(ids) - start, vocabulary): the rows from position `start` on.
@@ -136,7 +194,7 @@ class GenaiEngine:
             raise no_room(0, len(ids), self.context_length)
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=len(ids) + (len(ids) < self.context_length))
-        generator = self._og.Generator(self._model, params)
+        generator = self._new(params)
         rows = []
         array = np.array(ids, np.int32)
         for begin, end in [(0, start + 1), *((i, i + 1) for i in range(start + 1, len(ids)))]:
@@ -147,7 +205,7 @@ class GenaiEngine:
 
     def close(self) -> None:
         """Drop the model. The runtime keeps part of its memory until the process ends."""
-        self._generator = self._tokenizer = self._model = None
+        self._generator = self._adapters = self._tokenizer = self._model = None
 
 
 def special_ids(path: Path) -> frozenset[int]:

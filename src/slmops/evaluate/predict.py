@@ -35,10 +35,12 @@ DECLARATION = Declaration(
 class Params(BaseParams):
     """`max_examples` keeps that many test examples, those with the smallest ids; None keeps all.
 
+    `adapter`: the one of the model's adapters that answers (`convert.onnx_adapters`).
     `guided`: the task, for a model that is told it in words, with `shots` gold examples before each question.
     """
 
     runtime: Literal["auto", "torch", "onnx_genai"] = "auto"
+    adapter: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     max_examples: Annotated[int, Field(ge=1)] | None = None
     guided: Task | None = None
@@ -51,7 +53,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 
     examples = read_test(inputs["data"], params.max_examples)
     asked, tidy = questions(inputs["data"], examples, params.guided, params.shots, ctx.seed)
-    engine = open_engine(inputs["model"], threads=ctx.threads, kind=params.runtime)
+    engine = open_engine(inputs["model"], threads=ctx.threads, kind=params.runtime, adapter=params.adapter)
     ctx.progress.start("answering test prompts", len(examples), "prompts")
     try:
         answers, tokens = answer(engine, asked, params.max_new_tokens, ctx)

@@ -4,7 +4,8 @@
           └───────────────────────┴─────────────────────────────────┴─ few, all ─────────┘        measure ─ report ─ bundle
 
 Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
-`few` and `all` are the student without the teacher, on its few gold labels and on all of them.
+`few` and `all` are the student without the teacher, on its few gold labels and on all of them. Adapters of further tasks
+are planned by `slmops.flow.adapters`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from slmops.core.spec import FROM_TEACHER, Architecture, Spec, TokenizerSpec, Training
+from slmops.core.spec import FROM_TEACHER, Architecture, Data, Spec, Task, TokenizerSpec, Training
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
+from slmops.flow import adapters
 from slmops.train.estimate import parameters
 
 SMALL = 30_000_000
@@ -130,7 +132,7 @@ def check(spec: Spec) -> list[Problem]:
     for path, value in (("synthesize.filters.max_characters", spec.synthesize.filters),):
         if value.min_characters > value.max_characters:
             wrong(path, "is less than min_characters", "swap them")
-    return problems
+    return problems + adapters.check(spec)
 
 
 def _no_gold(spec: Spec) -> bool:
@@ -175,20 +177,23 @@ class _Builder:
         self._other_teachers()
         self._synthesis()
         self._students()
+        if spec.adapters:
+            adapters.steps(spec, self)
         self._judge()
 
     def _data(self) -> None:
-        spec = self.spec
-        sources = {} if _is_hub(spec.data.path) else {"source": spec.data.path}
-        data = _json(spec.data)
-        data.pop("augment")
+        teacher = self.spec.teacher
+        trains = teacher is not None and teacher.model is not None
+        self.prepare("data", self.spec.data, self.spec.task, trains, "read, split, keep test data apart")
+
+    def prepare(self, id: str, data: Data, task: Task, needs_teacher: bool, about: str) -> str:
+        sources = {} if _is_hub(data.path) else {"source": data.path}
+        asked = _json(data)
+        asked.pop("augment")
         if sources:
-            data["path"] = PurePosixPath(spec.data.path).name
-        trains = spec.teacher is not None and spec.teacher.model is not None
-        params = {"data": data, "task": _json(spec.task), "needs_teacher": trains}
-        self.add(
-            "data", "data.prepare", params, "read, split, keep test data apart", sources=sources, threads=1, seed=0
-        )
+            asked["path"] = PurePosixPath(data.path).name
+        params = {"data": asked, "task": _json(task), "needs_teacher": needs_teacher}
+        return self.add(id, "data.prepare", params, about, sources=sources, threads=1, seed=0)
 
     def _fetch(self, id: str, base: str) -> str:
         local = not _is_hub(base)
@@ -201,7 +206,7 @@ class _Builder:
         assert teacher is not None
         seed = self.spec.seed if teacher.seed is None else teacher.seed
         self._tokenizer("teacher-tokenizer", teacher.tokenizer)
-        files, inputs = self._augmented("teacher", ["data/teacher.jsonl"], {"data": "data"})
+        files, inputs = self.augmented("teacher", ["data/teacher.jsonl"], {"data": "data"}, self.spec.data)
         self.taught = (files, inputs | {"tokenizer": "teacher-tokenizer"})
         self._train_teacher("teacher", model, teacher.train, seed)
 
@@ -234,12 +239,14 @@ class _Builder:
                 self._fetch(id, other.base)
             self.others[id] = other.weight
 
-    def _augmented(self, model: str, files: list[str], inputs: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-        """Files and inputs of a training, with the augmented copies of its examples if the spec wants some."""
-        augment = self.spec.data.augment
+    def augmented(
+        self, model: str, files: list[str], inputs: Mapping[str, str], data: Data
+    ) -> tuple[list[str], dict[str, str]]:
+        """Files and inputs of a training, with the augmented copies of its examples if `data` wants some."""
+        augment = data.augment
         if augment is None:
             return files, dict(inputs)
-        params = {"augment": _json(augment), "files": files, "overlap": _json(self.spec.data.overlap)}
+        params = {"augment": _json(augment), "files": files, "overlap": _json(data.overlap)}
         asked = {name: step for name, step in inputs.items() if name in ("data", "synthetic")}
         about = f"copies with other values ({augment.method}) for {model}"
         id = self.add(f"augmented-{model}", "data.augment", params, about, asked, threads=1, seed=0)
@@ -331,8 +338,8 @@ class _Builder:
         )
         architecture = _json(student.model) if student.model is not None else None
         files = ["data/gold.jsonl", *(["synthetic/train.jsonl"] if "synthetic" in has else [])]
-        files, taught = self._augmented(
-            "student", files, inputs | ({"synthetic": "synthetic"} if "synthetic" in has else {})
+        files, taught = self.augmented(
+            "student", files, inputs | ({"synthetic": "synthetic"} if "synthetic" in has else {}), spec.data
         )
         common = {"architecture": architecture, "validation": None}
         params = {"training": _json(spec.train), "files": files} | common
@@ -375,7 +382,7 @@ class _Builder:
         }
         baselines = [name for name in spec.evaluate.baselines if not (name == "few" and _no_gold(spec))]
         for name in baselines if spec.teacher is not None else ():
-            files, learned = self._augmented(name, [gold[name]], inputs)
+            files, learned = self.augmented(name, [gold[name]], inputs, spec.data)
             params = {"training": _json(training), "files": files} | common
             self.add(name, "train.sft", params, without[name], learned, threads=threads)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from slmops.errors import Problem, SpecError, UsageError
 
 FILE_NAME = "slmops.yaml"
 PATH_KEYS = ("data.path", "teacher.base", "student.base")
+_ADAPTER_PATH = re.compile(r"adapters\.[^.]+\.data\.path")
 SEE = "mend the file and run the same command again; every key is explained in docs/reference/spec.md"
 
 
@@ -187,7 +189,11 @@ def _override(tree: Any, text: str) -> str:
         value = YAML(typ="safe").load(raw) if raw.strip() else None
     except YAMLError:
         value = raw
-    if key.strip() in PATH_KEYS and isinstance(value, str) and not value.startswith("hf:"):
+    if (
+        (key.strip() in PATH_KEYS or _ADAPTER_PATH.fullmatch(key.strip()))
+        and isinstance(value, str)
+        and not value.startswith("hf:")
+    ):
         value = str(_expanded(value).resolve())
     node = tree
     for part in parts[:-1]:
@@ -223,7 +229,17 @@ def _merged(error: ValidationError) -> list[Any]:
 def _is_branch(part: Any) -> bool:
     if not isinstance(part, str):
         return False
-    names = {"str", "int", "float", "bool", "constrained-str", "constrained-int", "constrained-float", "TokenizerSpec"}
+    names = {
+        "str",
+        "int",
+        "float",
+        "bool",
+        "constrained-str",
+        "constrained-int",
+        "constrained-float",
+        "TokenizerSpec",
+        "[key]",
+    }
     return part in names or part.startswith(("tuple[", "literal[", "function-", "float-"))
 
 
@@ -280,21 +296,23 @@ def _line(tree: Any, loc: tuple[Any, ...]) -> int | None:
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list, dict, typing.Annotated):
         return [model for inner in typing.get_args(annotation) for model in _models(inner)]
     return []
 
 
 def _model_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
     model: type[BaseModel] = Spec
+    named = False
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int) or named:  # a place in a list, a name in a mapping
+            named = False
             continue
         field = model.model_fields.get(part)
         inner = _models(field.annotation) if field else []
-        if not inner:
+        if not field or not inner:
             return None
-        model = inner[0]
+        model, named = inner[0], typing.get_origin(field.annotation) is dict
     return model
 
 

@@ -217,10 +217,11 @@ class _Run:
 
 
 def export(state: State, result: Result) -> dict[str, Path]:
-    """Copy what users look for (bundle, report) from the store to the project's outputs folder.
+    """Copy what users look for (bundle, report, adapters) from the store to the project's outputs folder.
 
     Returns:
-        name to path: `bundle` (a folder), `report.html`, `report.json`, as far as the plan made them.
+        name to path: `bundle` and `adapters` (folders), `report.html`, `report.json`, `adapters.json` (scores), as far as
+        the plan made them.
     """
     out = state.project.outputs
     made: dict[str, Path] = {}
@@ -228,18 +229,25 @@ def export(state: State, result: Result) -> dict[str, Path]:
         source = state.store.path(result.outputs["report"])
         for name in ("report.html", "report.json"):
             made[name] = _copy(source / name, out / name)
-    if "bundle" in result.outputs:
-        target, digest = out / "bundle", result.outputs["bundle"]
-        marker = out / ".bundle"
-        if not target.is_dir() or not marker.exists() or marker.read_text() != digest:
-            fresh = out / ".bundle-new"
-            remove_tree(fresh)
-            shutil.copytree(state.store.path(digest), fresh)
-            remove_tree(target)
-            fresh.rename(target)
-            marker.write_text(digest)
-        made["bundle"] = target
+    if "adapters" in result.outputs:
+        scores = state.store.path(result.outputs["adapters"]) / "adapters.json"
+        made["adapters.json"] = _copy(scores, out / "adapters.json")
+    for name, step in (("bundle", "bundle"), ("adapters", "student-adapters")):
+        if step in result.outputs:
+            made[name] = _copy_folder(state.store.path(result.outputs[step]), out / name, result.outputs[step])
     return made
+
+
+def _copy_folder(source: Path, target: Path, digest: str) -> Path:
+    marker = target.with_name(f".{target.name}")
+    if not target.is_dir() or not marker.exists() or marker.read_text() != digest:
+        fresh = target.with_name(f".{target.name}-new")
+        remove_tree(fresh)
+        shutil.copytree(source, fresh)
+        remove_tree(target)
+        fresh.rename(target)
+        marker.write_text(digest)
+    return target
 
 
 def _copy(source: Path, target: Path) -> Path:

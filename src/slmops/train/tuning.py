@@ -19,41 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.core.digest import digest_file, digest_json
 from slmops.core.spec import Training
 from slmops.errors import MissingExtraError, ModelError, TrainingError
+from slmops.store.lora import ADAPTER as ADAPTER
+from slmops.store.lora import BASE, base_digest, require_base
 
 if TYPE_CHECKING:
     import torch
-
-ADAPTER = "adapter"
-"""Folder of the adapter in a trained model's folder: PEFT's files, or adapter.safetensors of a bottleneck."""
-BASE = "base.json"
-"""Beside the adapter's weights: the digest of the base that they belong to."""
-
-
-def base_digest(folder: Path) -> str:
-    """Digest of what an adapter depends on: the base's weights and configuration."""
-    names = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
-    return digest_json({p.name: digest_file(p) for p in names})
-
-
-def require_base(adapter: Path, base: Path) -> None:
-    """Refuse an adapter that was trained on another base.
-
-    Raises:
-        ModelError: it was, or it does not say.
-    """
-    try:
-        wanted = json.loads((adapter / BASE).read_text("utf-8"))["digest"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{adapter}: no {BASE} says which base it belongs to", "train it with slmops") from error
-    found = base_digest(base)
-    if wanted != found:
-        raise ModelError(
-            f"{adapter}: the adapter belongs to another base ({wanted[7:15]}, this one is {found[7:15]})",
-            "use the base that it was trained on, or train the adapter again",
-        )
 
 
 def load_4bit(folder: Path) -> Any:
