@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -60,6 +61,25 @@ def test_the_guide_runs(tmp_path: Path) -> None:
         elif kind == "sh":
             shell(text, tmp_path)
     assert (tmp_path / "outputs" / "own-task" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_guide_to_preferences_runs(tmp_path: Path) -> None:
+    for kind, text in blocks(ROOT / "docs" / "guides" / "preference.md"):
+        if kind == "python":
+            subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, timeout=60)
+        elif kind == "yaml":
+            (tmp_path / "slmops.yaml").write_text(text)
+        elif kind == "sh":
+            shell(text, tmp_path)
+    trained = [json.loads(file.read_text()) for file in (tmp_path / ".slmops").rglob("training.json")]
+    looks = {t["method"]: [p for p in t["points"] if p["validation_loss"] is not None] for t in trained}
+    assert set(looks) == {"train.sft", "train.dpo", "train.orpo"}
+    for method in ("train.dpo", "train.orpo"):
+        assert looks[method][-1]["reward_accuracy"] >= 0.9
+        assert looks[method][-1]["reward_margin"] > looks[method][0]["reward_margin"]
+    report = json.loads((tmp_path / "outputs" / "preferences" / "report.json").read_text())
+    assert report["n_test"] > 20
 
 
 @pytest.mark.slow

@@ -198,6 +198,14 @@ def csv(*extra: str) -> bytes:
     return "\n".join(["text,label", *body, *extra, ""]).encode()
 
 
+PAIR = {"prompt": "shall we?", "chosen": "yes", "rejected": "no"}
+
+
+def pairs(changed: dict[int, dict[str, Any]]) -> bytes:
+    """Preference rows with some lines (from 1) replaced."""
+    return jsonl([changed.get(n, PAIR | {"prompt": f"shall we go to number {n}?"}) for n in range(1, 121)])
+
+
 SPLIT_BY_NAME = "splits={train: [rows.jsonl], test: [test.jsonl]}"
 
 
@@ -266,6 +274,11 @@ BAD_DATA = [
     BadData("split that is not there", {}, ("'tset.jsonl'",), sets=("data.splits={train: [rows.jsonl], test: [tset.jsonl]}",)),
     BadData("shares that leave nothing", {}, ("leave nothing for training",), sets=("data.splits={validation: 0.5, test: 0.5}",)),
     BadData("gold by label without labels", {}, ("needs a classification task",), sets=("task={type: chat}", "evaluate.gates=[]")),
+    BadData("pair without its rejected answer", {"rows.jsonl": pairs({6: {"prompt": "p", "chosen": "a"}})},
+            ("no 'rejected' in this row",), 6),
+    BadData("pair of two equal answers", {"rows.jsonl": pairs({9: PAIR | {"rejected": "yes"}})},
+            ("the chosen and the rejected answer are the same",), 9, ("task={type: chat}", "evaluate.gates=[]", "data.gold={total: 20}")),
+    BadData("no pairs for dpo", {}, ("20 bad rows", "the row has no rejected answer"), 1, ("train.method=dpo",)),
     BadData("unknown suffix", {"rows.xls": b"\xd0\xcf\x11\xe0"}, ("cannot tell the format",), file="rows.xls"),
     BadData("folder without data", {"more/readme.md": b"hello"}, ("no data file in this folder",), file="more", starts=False),
 ]  # fmt: skip

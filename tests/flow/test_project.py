@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from slmops.core.step import Step
 from slmops.errors import SpecError, UsageError
 from slmops.flow.planner import check, plan
 from slmops.flow.project import load
@@ -138,9 +139,66 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
         (["evaluate.gates=[{metric: out_of_scope_recall, at_least: 0.9}]"], "task.out_of_scope"),
         (["train.quantization_aware=int4", "train.block_size=64"], "train.block_size"),
         (["train.quantization_aware=int4", "convert.precision=fp32"], "train.quantization_aware"),
+        (["train.method=dpo", "data={path: rows.jsonl, format: alpaca}"], "data.format"),
+        (["train.method=orpo"], "data.columns.rejected"),
+        (["train.method=orpo"], "teacher"),
+        (["train.method=dpo", "student={base: some/folder}"], "teacher"),
+        (["train.method=dpo", "train.prompt_weight=0.1"], "train.prompt_weight"),
+        (["train.method=orpo", "train.label_smoothing=0.1"], "train.label_smoothing"),
+        (["train.method=dpo", "data.gold.total=0"], "data.gold"),
+        (["train.method=dpo", "teacher=null", "data.gold.total=0"], "data.gold"),
+        (["train.method=dpo", "train.preference.supervised.tuning=lora"], "train.preference.supervised.tuning"),
+        (["train.method=orpo", "task.type=extraction", "data.augment={}"], "data.augment"),
     ],
 )
 def test_stages_that_do_not_fit_are_named(tmp_path: Path, overrides: list[str], path: str) -> None:
     found = check(load(write(tmp_path, GOOD), overrides).spec)
     assert path in [problem.path for problem in found]
     assert all(problem.hint for problem in found)
+
+
+PAIRS = ["data={path: rows.jsonl, format: preference}", "teacher=null"]
+
+
+def test_preference_methods_are_planned(tmp_path: Path) -> None:
+    """DPO from random weights first learns the chosen answers; a base is its own reference; ORPO starts at once."""
+
+    def steps(*overrides: str) -> dict[str, Step]:
+        project = load(write(tmp_path, GOOD), [*PAIRS, *overrides])
+        return {step.id: step for step in plan(project.spec)}
+
+    scratch = steps("train.method=dpo", "train.preference.supervised.epochs=7")
+    assert scratch["student-sft"].method == "train.sft"
+    assert scratch["student-sft"].params["training"]["epochs"] == 7
+    assert scratch["student-sft"].params["training"]["learning_rate"] == 2e-3  # GOOD sets 1e-3 for the method itself
+    assert scratch["student"].method == "train.dpo"
+    assert scratch["student"].inputs == {"data": "data", "base": "student-sft"}
+    assert scratch["student"].params["architecture"] is None
+    based = steps("train.method=dpo", "student={base: some/folder}", "train.tuning=lora")
+    assert "student-sft" not in based
+    assert based["student"].inputs == {"data": "data", "base": "student-base"}
+    odds = steps("train.method=orpo")
+    assert "student-sft" not in odds
+    assert odds["student"].method == "train.orpo"
+    assert odds["student"].params["architecture"]["layers"] == 1
+    assert odds["student"].inputs == {"data": "data", "tokenizer": "student-tokenizer"}
+    for found in (scratch, based, odds):
+        assert not {"few", "all", "answers", "teacher"} & set(found)
+        assert found["student"].params["files"] == ["data/gold.jsonl"]
+
+
+def test_a_teacher_s_answers_go_into_the_supervised_step_alone(tmp_path: Path) -> None:
+    overrides = ["data={path: rows.jsonl, format: preference, teacher_share: 0.5}", "train.method=dpo"]
+    steps = {step.id: step for step in plan(load(write(tmp_path, GOOD), overrides).spec)}
+    assert steps["student-sft"].params["files"] == ["data/gold.jsonl", "synthetic/train.jsonl"]
+    assert steps["student"].params["files"] == ["data/gold.jsonl"]
+    for name in ("few", "all"):
+        assert steps[name].params["architecture"] == steps["student-sft"].params["architecture"]
+        assert steps[name].params["training"] == steps["student-sft"].params["training"]
+
+
+def test_a_beta_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
+    for value in ("0", "-0.1"):
+        message = problems(tmp_path, GOOD, "train.method=dpo", f"train.preference.beta={value}")
+        assert "train.preference.beta" in message and "greater than 0" in message
+    assert "less than 0.5" in problems(tmp_path, GOOD, "train.preference.label_smoothing=0.5")

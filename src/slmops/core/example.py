@@ -36,6 +36,7 @@ class Example:
         origin: who wrote the answer: `gold` (people), `teacher`, or `none`.
         source: where the prompt came from, for people: a file name, `sampled`, `paraphrase`, …
         parent: id of the example that this one was derived from, or "".
+        rejected: an answer that people like less than `answer`, which is given then; only preference methods look at it.
     """
 
     prompt: tuple[Message, ...]
@@ -43,6 +44,7 @@ class Example:
     origin: Origin = "none"
     source: str = ""
     parent: str = ""
+    rejected: str | None = None
 
     @property
     def id(self) -> str:
@@ -58,20 +60,23 @@ class Example:
         return self.prompt[-1].content
 
     def answered(self, answer: str, origin: Origin) -> Example:
-        """The same prompt with another answer."""
-        return replace(self, answer=answer, origin=origin)
+        """The same prompt with another answer, which makes no pair with the rejected one."""
+        return replace(self, answer=answer, origin=origin, rejected=None)
 
     def unanswered(self) -> Example:
-        """The same prompt without its answer."""
-        return replace(self, answer=None, origin="none")
+        """The same prompt without its answers."""
+        return replace(self, answer=None, origin="none", rejected=None)
 
     def with_text(self, text: str) -> Example:
-        """The same conversation with other last words of the user (or, where no user speaks, another last message)."""
+        """The same conversation with other last words of the user (or, where no user speaks, another last message).
+
+        A rejected answer is dropped: it was written to the words as they were.
+        """
         prompt = list(self.prompt)
         users = [index for index, message in enumerate(prompt) if message.role == "user"]
         index = users[-1] if users else len(prompt) - 1
         prompt[index] = Message(prompt[index].role, text)
-        return replace(self, prompt=tuple(prompt))
+        return replace(self, prompt=tuple(prompt), rejected=None)
 
     def messages(self) -> list[dict[str, str]]:
         """Prompt and answer as the list of dicts that chat templates and endpoints take."""
@@ -85,7 +90,7 @@ class Example:
         return [{"role": m.role, "content": m.content} for m in self.prompt]
 
     def to_json(self) -> dict[str, Any]:
-        """The canonical row: `messages`, and `origin`, `source` and `parent` where they say something."""
+        """The canonical row: `messages`, and `origin`, `source`, `parent` and `rejected` where they say something."""
         row: dict[str, Any] = {"messages": self.messages()}
         if self.origin != "none":
             row["origin"] = self.origin
@@ -93,6 +98,8 @@ class Example:
             row["source"] = self.source
         if self.parent:
             row["parent"] = self.parent
+        if self.rejected is not None:
+            row["rejected"] = self.rejected
         return row
 
     @classmethod
@@ -102,4 +109,11 @@ class Example:
         answer: str | None = None
         if len(messages) > 1 and messages[-1].role == "assistant":
             answer, messages = messages[-1].content, messages[:-1]
-        return cls(messages, answer, row.get("origin", "none"), row.get("source", ""), row.get("parent", ""))
+        return cls(
+            messages,
+            answer,
+            row.get("origin", "none"),
+            row.get("source", ""),
+            row.get("parent", ""),
+            row.get("rejected"),
+        )

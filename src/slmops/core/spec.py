@@ -14,8 +14,9 @@ from slmops.core.model import Value
 
 TaskType = Literal["classification", "extraction", "chat", "question_answering", "summarisation", "generation"]
 DataFormat = Literal[
-    "auto", "messages", "alpaca", "sharegpt", "prompt_completion", "csv", "tsv", "json", "jsonl", "huggingface"
-]
+    "auto", "messages", "alpaca", "sharegpt", "prompt_completion", "preference", "csv", "tsv", "json", "jsonl",
+    "huggingface",
+]  # fmt: skip
 Precision = Literal["fp32", "int8", "int4"]
 Tuning = Literal["full", "lora", "rslora", "dora", "qlora", "adapter"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -42,6 +43,7 @@ class Columns(Value):
     answer: str | int | None = None
     context: str | int | None = Field(None, description="put before the prompt, an empty line between")
     system: str | int | None = None
+    rejected: str | int | None = Field(None, description="an answer that is worse than `answer`, for dpo and orpo")
 
 
 class Splits(Value):
@@ -361,8 +363,13 @@ class Transfer(Value):
 class Preference(Value):
     """For methods dpo (arXiv 2305.18290) and orpo (arXiv 2403.07691), on prompt/chosen/rejected data."""
 
-    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how far the model may leave the reference; orpo: λ")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="how strongly dpo holds the model to the reference; orpo: λ"
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="share of swapped labels assumed")
+    supervised: Training = Field(
+        Training(), description="how a student from scratch first learns the chosen answers, before dpo"
+    )
 
 
 FROM_TEACHER = ("logits", "on_policy", "hidden_states", "cross_tokenizer")

@@ -44,13 +44,15 @@ class Removed:
 
 
 def prepare(
-    data: Data, task: Task, source: Path | None, out: Path, ctx: Context, *, needs_teacher: bool = True
-) -> Facts:
+    data: Data, task: Task, source: Path | None, out: Path, ctx: Context, *, needs_teacher: bool = True,
+    needs_pairs: bool = False,
+) -> Facts:  # fmt: skip
     """Write the prepared dataset into the empty folder `out` and return its counts; see `slmops.data.prepare`.
 
     Args:
         source: the file or folder that holds the data; None: `data.path` itself.
         needs_teacher: whether a teacher is trained here, on its share of the gold examples.
+        needs_pairs: whether an answered training row without a rejected answer is an error.
 
     Raises:
         DataError, LeakError, MissingExtraError: as `slmops.data.prepare.run`.
@@ -62,6 +64,10 @@ def prepare(
     fitted: dict[Split, list[Example]] = {
         split: [fit(record, task, problems).example for record in records] for split, records in reading.splits.items()
     }
+    for record in reading.splits["train"] if needs_pairs else ():
+        if record.example.answer is not None and record.example.rejected is None:
+            hint = "give chosen and rejected in every row, or data.columns.rejected; or use another train.method"
+            problems.add("the row has no rejected answer", hint, file=record.file, line=record.line)
     problems.check()
     splits = _share_out(fitted, data)
     ctx.progress.stop()
@@ -147,7 +153,7 @@ def _texts(splits: Mapping[Split, Sequence[Example]], wanted: Split) -> list[str
 
 def _in_order(examples: Sequence[Example]) -> list[Example]:
     """One order for a set of examples, whatever order they came in."""
-    return sorted(examples, key=lambda e: (e.id, e.answer or "", e.source))
+    return sorted(examples, key=lambda e: (e.id, e.answer or "", e.rejected or "", e.source))
 
 
 def _without_leaks(splits: dict[Split, list[Example]], data: Data, removed: Removed) -> dict[Split, list[Example]]:
@@ -262,12 +268,13 @@ def _partition(
     else:
         gold = set(ranking)
     pooled = set(range(len(answered))) - (taught if needs_teacher else gold)
+    asked = {answered[i].id: answered[i].unanswered() for i in sorted(pooled)}  # a prompt may have several pairs
     if needs_teacher and len(gold) < len(taught) and not pooled and not unanswered:
         ctx.progress.log("the pool is empty: with data.teacher_share 1 the teacher learns from every training example")
     return {
         "teacher": _in_order([answered[i] for i in taught]) if needs_teacher else [],
         "gold": _in_order([answered[i] for i in gold]),
-        "pool": _in_order([answered[i].unanswered() for i in pooled] + unanswered),
+        "pool": _in_order([*asked.values(), *unanswered]),
         "oracle": _in_order([answered[i] for i in gold | pooled]),
     }
 
@@ -277,8 +284,10 @@ def _write(path: Path, examples: Sequence[Example], task: Task) -> dict[str, Any
     content = "".join(line + "\n" for line in lines).encode("utf-8")
     path.write_bytes(content)
     counts = Counter(e.answer for e in examples if e.answer is not None) if task.type == "classification" else Counter()
+    pairs = sum(e.rejected is not None for e in examples)
     return {
         "examples": len(examples),
+        **({"pairs": pairs} if pairs else {}),
         "labels": dict(sorted(counts.items())),
         "longest_prompt_characters": max((sum(len(m.content) for m in e.prompt) for e in examples), default=0),
         "digest": digest_bytes(content),

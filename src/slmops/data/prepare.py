@@ -6,7 +6,8 @@ and shown in `info.json`. Evaluation data is never thinned for the sake of train
 
 Writes `teacher`, `gold`, `pool`, `oracle`, `validation` and `test` (`.jsonl`, one example a line) and `info.json`:
 
-- `files`: by name: examples, labels (count by label), longest_prompt_characters, digest;
+- `files`: by name: examples, pairs (where some have a rejected answer), labels (count by label),
+  longest_prompt_characters, digest;
 - `labels`, `labels_without_examples`, `columns` (where they were guessed), `parts` (what each split was made of);
 - `removed`: by kind, `{count, examples: [[kept text, removed text, similarity], … up to 20]}`. The kinds are
   `{train,validation}_{exact,near,ngram}` for copies of evaluation data, `duplicate` for further copies of a training
@@ -24,7 +25,7 @@ from slmops.core.spec import Data, Task
 
 DECLARATION = Declaration(
     name="data.prepare",
-    version="1",
+    version="2",
     makes="dataset",
     takes={"source?": "source"},
     extra="data",
@@ -33,11 +34,17 @@ DECLARATION = Declaration(
 
 
 class Params(MethodParams):
-    """What to prepare. `needs_teacher`: this file trains a teacher, which gets its share of the gold examples."""
+    """What to prepare.
+
+    Attributes:
+        needs_teacher: this file trains a teacher, which gets its share of the gold examples.
+        needs_pairs: every answered training row must have a rejected answer too.
+    """
 
     data: Data
     task: Task
     needs_teacher: bool = True
+    needs_pairs: bool = False
 
 
 def covers(params: Params, source: Path) -> tuple[Path, ...]:
@@ -64,4 +71,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     """
     from slmops.data.preparation import prepare
 
-    return prepare(params.data, params.task, inputs.get("source"), out, ctx, needs_teacher=params.needs_teacher)
+    return prepare(
+        params.data, params.task, inputs.get("source"), out, ctx, needs_teacher=params.needs_teacher,
+        needs_pairs=params.needs_pairs,
+    )  # fmt: skip

@@ -52,7 +52,10 @@ def place(text: str, validation: float, test: float) -> Literal["train", "valida
 
 def ranked(examples: Sequence[Example], texts: Sequence[str], use: Use) -> list[int]:
     """Positions of the examples in the order of their draw; equal texts stand together."""
-    keys = [(draw(text, use), example.id, example.answer or "") for example, text in zip(examples, texts, strict=True)]
+    keys = [
+        (draw(text, use), example.id, example.answer or "", example.rejected or "")
+        for example, text in zip(examples, texts, strict=True)
+    ]
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 

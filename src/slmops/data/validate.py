@@ -1,4 +1,8 @@
-"""Whether examples fit their task: labels that can be learned, answers that are JSON objects, one answer per prompt."""
+"""Whether examples fit their task: labels that can be learned, answers that are JSON objects, one answer per prompt.
+
+Preference pairs are the exception to one answer per prompt: all different pairs of a prompt stay, for they say different
+things; see `merge_copies`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ def fit(record: Record, task: Task, problems: Problems) -> Record:
     """The record as the task wants it: with the instruction as system message, and its answer in canonical form.
 
     A label loses white space around it; a JSON object gets one text (`{"name": "x", "arguments": {…}}`, keys in their
-    order). An answer that is not one of `task.labels`, or not a JSON object, goes to `problems`.
+    order). An answer that is not one of `task.labels`, or not a JSON object, goes to `problems`. A rejected answer is put
+    in the same form where it can be; it may be no label and no JSON, but not the same as the chosen one.
     """
     example = record.example
     if task.instruction.strip() and not any(m.role == "system" for m in example.prompt):
@@ -37,7 +42,21 @@ def fit(record: Record, task: Task, problems: Problems) -> Record:
         except ValueError as error:
             hint = "an extraction answer is one JSON object"
             problems.add(f"the answer is not a JSON object: {error}", hint, file=record.file, line=record.line)
+    if example.rejected is not None and example.answer is not None:
+        example = replace(example, rejected=_in_form(example.rejected, task))
+        if example.rejected == example.answer:
+            hint = "a pair needs two different answers: correct the row or take it out"
+            problems.add("the chosen and the rejected answer are the same", hint, file=record.file, line=record.line)
     return replace(record, example=example)
+
+
+def _in_form(rejected: str, task: Task) -> str:
+    if task.type == "classification":
+        return rejected.strip()
+    try:
+        return canonical_object(rejected) if task.type == "extraction" else rejected
+    except ValueError:
+        return rejected
 
 
 def allowed_labels(task: Task) -> tuple[str, ...] | None:
@@ -95,6 +114,9 @@ def check_labels(task: Task, splits: Mapping[Split, Sequence[Example]], where: s
 def merge_copies(examples: Sequence[Example]) -> tuple[list[Example], list[tuple[Example, Example]]]:
     """One example per prompt: the answer that most copies give, on a tie the one whose text comes first.
 
+    A prompt with preference pairs keeps one example of each pair, and none without a pair. Of a pair and its reverse stays
+    the one that more rows give, on a tie the one whose chosen text comes first.
+
     Returns:
         The examples kept, in the order of their ids, and (kept, removed) for every copy that went.
     """
@@ -104,9 +126,33 @@ def merge_copies(examples: Sequence[Example]) -> tuple[list[Example], list[tuple
     kept: list[Example] = []
     removed: list[tuple[Example, Example]] = []
     for key in sorted(copies):
+        if any(e.rejected is not None for e in copies[key]):
+            best = _pairs_of(copies[key])
+            kept += best
+            removed += [(_nearest(best, other), other) for other in copies[key] if not any(other is e for e in best)]
+            continue
         votes = Counter(e.answer for e in copies[key] if e.answer is not None)
         winner = min(votes, key=lambda answer: (-votes[answer], answer)) if votes else None
         group = sorted(copies[key], key=lambda e: (e.answer != winner, e.answer or "", e.source))
         kept.append(group[0])
         removed += [(group[0], other) for other in group[1:]]
     return kept, removed
+
+
+def _pairs_of(copies: Sequence[Example]) -> list[Example]:
+    """One example of each preference pair among examples of one prompt; see `merge_copies`."""
+    pairs = sorted((e for e in copies if e.rejected is not None), key=lambda e: (e.answer or "", e.rejected, e.source))
+    votes = Counter((e.answer, e.rejected) for e in pairs)
+    kept: dict[frozenset[str | None], Example] = {}
+    for example in pairs:
+        both = frozenset((example.answer, example.rejected))
+        before = kept.setdefault(both, example)
+        if votes[example.answer, example.rejected] > votes[before.answer, before.rejected]:
+            kept[both] = example
+    return list(kept.values())
+
+
+def _nearest(kept: Sequence[Example], other: Example) -> Example:
+    """The kept example that stands for another: the one of the same two answers, else the first."""
+    both = {other.answer, other.rejected}
+    return next((e for e in kept if {e.answer, e.rejected} == both), kept[0])

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from slmops.core.spec import FROM_TEACHER, Architecture, Data, Spec, Task, TokenizerSpec, Training
+from slmops.core.spec import FROM_TEACHER, Architecture, Columns, Data, Spec, Task, TokenizerSpec, Training
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
 from slmops.flow import adapters
@@ -111,6 +111,7 @@ def check(spec: Spec) -> list[Problem]:
                     "is 0, so the teacher never learns to write messages that it could be sampled for",
                     "give for instance 0.3",
                 )
+    problems += _preference(spec)
     if spec.data.augment is not None and spec.task.type != "extraction":
         wrong(
             "data.augment", "swaps values between messages and JSON answers, which only extraction has", "take it out"
@@ -133,6 +134,44 @@ def check(spec: Spec) -> list[Problem]:
         if value.min_characters > value.max_characters:
             wrong(path, "is less than min_characters", "swap them")
     return problems + adapters.check(spec)
+
+
+def _preference(spec: Spec) -> list[Problem]:
+    """What the preference methods cannot work with."""
+    method, data, supervised = spec.train.method, spec.data, spec.train.preference.supervised
+    if method not in ("dpo", "orpo"):
+        return []
+    found: list[tuple[str, str, str]] = []
+    if data.format in ("messages", "alpaca", "sharegpt", "prompt_completion"):
+        hint = "use `format: preference`, with rows of prompt, chosen and rejected"
+        found.append(("data.format", f"`{data.format}` has no rejected answers, which {method} learns from", hint))
+    elif data.columns != Columns() and data.columns.rejected is None:
+        found.append(
+            ("data.columns.rejected", "is missing", f"name the column of the answers that {method} turns from")
+        )
+    if spec.train.prompt_weight:
+        found.append(("train.prompt_weight", f"is not used by {method}, which looks at answers alone", "take it out"))
+    if spec.train.label_smoothing:
+        found.append(("train.label_smoothing", f"is not used by {method}", "use train.preference.label_smoothing"))
+    if _no_gold(spec) and spec.teacher is not None:
+        found.append(("data.gold", f"is 0, but the pairs that {method} learns from are gold", "take it out"))
+    if _supervised_first(spec):
+        if supervised.tuning != "full":
+            found.append(
+                ("train.preference.supervised.tuning", "a model from scratch has no base to add to", "use `full`")
+            )
+        return [Problem(message, hint, path=path) for path, message, hint in found]
+    if spec.teacher is not None and (spec.synthesize.label_pool or spec.synthesize.generate is not None):
+        hint = "take it out, or set synthesize.label_pool: false to keep the teacher for comparison"
+        found.append(("teacher", f"answers, but its answers are no pairs for {method} to learn from", hint))
+    if data.augment is not None:
+        found.append(("data.augment", f"makes copies without a rejected answer, which {method} needs", "take it out"))
+    return [Problem(message, hint, path=path) for path, message, hint in found]
+
+
+def _supervised_first(spec: Spec) -> bool:
+    """Whether a step of supervised learning comes before the student's method: DPO cannot start from random weights."""
+    return spec.train.method == "dpo" and spec.student.model is not None
 
 
 def _no_gold(spec: Spec) -> bool:
@@ -184,15 +223,18 @@ class _Builder:
     def _data(self) -> None:
         teacher = self.spec.teacher
         trains = teacher is not None and teacher.model is not None
-        self.prepare("data", self.spec.data, self.spec.task, trains, "read, split, keep test data apart")
+        pairs = self.spec.train.method in ("dpo", "orpo")
+        self.prepare("data", self.spec.data, self.spec.task, trains, "read, split, keep test data apart", pairs)
 
-    def prepare(self, id: str, data: Data, task: Task, needs_teacher: bool, about: str) -> str:
+    def prepare(self, id: str, data: Data, task: Task, needs_teacher: bool, about: str, pairs: bool = False) -> str:
         sources = {} if _is_hub(data.path) else {"source": data.path}
         asked = _json(data)
         asked.pop("augment")
         if sources:
             asked["path"] = PurePosixPath(data.path).name
         params = {"data": asked, "task": _json(task), "needs_teacher": needs_teacher}
+        if pairs:
+            params["needs_pairs"] = True
         return self.add(id, "data.prepare", params, about, sources=sources, threads=1, seed=0)
 
     def _fetch(self, id: str, base: str) -> str:
@@ -371,6 +413,16 @@ class _Builder:
             word = "the student writes, the teacher scores" if method == "on_policy" else "imitate the teacher's inside"
             asked = taught | {"teacher": "teacher"}
             self.add("student", f"train.{method}", params, f"distil the student ({word})", asked, threads=threads)
+        elif method in ("dpo", "orpo"):
+            start, own = common, taught
+            if _supervised_first(spec):
+                training = spec.train.preference.supervised
+                params = {"training": _json(training), "files": files} | common
+                self.add("student-sft", "train.sft", params, "learn the chosen answers first", taught, threads=threads)
+                start, own = {"architecture": None, "validation": None}, {"data": "data", "base": "student-sft"}
+            params = {"training": _json(spec.train), "files": ["data/gold.jsonl"]} | start
+            word = f"learn from pairs ({method})"
+            self.add("student", f"train.{method}", params, word, own, threads=threads)
         else:
             params = {"training": _json(training), "files": files} | common
             word = "distil the student (sequence level)" if "synthetic" in has else "train the student"

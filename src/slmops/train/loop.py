@@ -27,6 +27,7 @@ from slmops.core.spec import Training
 from slmops.errors import TrainingError
 from slmops.train.batches import Order
 from slmops.train.checkpoint import Checkpoints
+from slmops.train.objective import Measured
 from slmops.train.quantization_aware import START, fake_int4
 
 if TYPE_CHECKING:
@@ -283,6 +284,8 @@ class Loop:
         if rounding is not None and done > rounding >= s.best_step and s.best_file:
             s.best_loss, s.best_file, s.stale = None, "", 0  # losses of exact and rounded weights do not compare
         point["validation_loss"] = round(value, 6)
+        if isinstance(self.objective, Measured):
+            point |= self.objective.measured
         if s.best_loss is None or value < s.best_loss:
             s.best_loss, s.best_step, s.stale = value, done, 0
             s.best_file = self.checkpoints.save_best(done, self.network.trained)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from slmops.core.spec import Training
 from slmops.train.batches import Part, collate
@@ -59,6 +59,13 @@ class Objective(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An objective whose `validate` finds more than a loss: `measured` is what the last one found, for the curve."""
+
+    measured: dict[str, float]
 
 
 def cross_entropy(training: Training) -> LossFunction:

@@ -122,6 +122,12 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     rows = encode.read(inputs, params.files)
     held = encode.read(inputs, (params.validation,)) if params.validation else []
     check_rows(rows, params.files)
+    pairs = sum(row.example.rejected is not None for row in rows)
+    if pairs and getattr(params.training, "method", "") not in ("dpo", "orpo"):
+        ctx.progress.log(
+            f"{pairs} of {len(rows)} examples have a rejected answer too: only train.method dpo and orpo use it, this step "
+            "learns the chosen one"
+        )
     if not params.validation:
         rows, held = hold_out(rows, params.training.holdout)
     needed = "tokenizer" if params.architecture else "base"

@@ -235,12 +235,15 @@ def _records(
     first = raws[0]
     columns = data.columns
     shape: Shape
-    if data.format in SHAPES:
+    if data.format in SHAPES and not (data.format == "preference" and _mapped(columns)):
         shape = data.format
     else:
         shape = "columns" if _mapped(columns) else detect(first.value)
     if shape == "columns":
         columns = _checked_columns(raws, columns, notes)
+        if data.format == "preference" and columns.rejected is None:
+            hint = "say where the rejected answer stands: data.columns: {prompt: …, answer: …, rejected: …}"
+            raise DataError("data.columns names no rejected answer", hint, file=first.file, line=first.line)
     parse = parser(shape, columns)
     out = []
     for raw in raws:
@@ -275,6 +278,9 @@ def _checked_columns(raws: Sequence[Raw], columns: Columns, notes: dict[str, str
         notes.update({key: str(value) for key, value in _mapped(columns).items()})
     if columns.prompt is None:
         raise DataError("data.columns has no prompt", "add: prompt: NAME", **where)  # type: ignore[arg-type]
+    if columns.rejected is not None and columns.answer is None:
+        hint = "add the chosen one: answer: NAME"
+        raise DataError("data.columns has a rejected answer alone", hint, **where)  # type: ignore[arg-type]
     missing = [(what, name) for what, name in _mapped(columns).items() if isinstance(name, str) and name not in keys]
     if missing and keys:
         what, name = missing[0]

@@ -1,14 +1,15 @@
-"""Raw rows to examples: messages, alpaca, sharegpt, prompt and completion, or columns that the user maps.
+"""Raw rows to examples: messages, alpaca, sharegpt, prompt and completion, preference pairs, or columns that the user maps.
 
 Every row becomes an `Example` whose prompt has a user message that is not blank and does not end with the assistant. A
-row without an answer is kept with `answer=None`; whether that is allowed is for the caller to say. What is wrong comes
-as a `RowError`.
+row without an answer is kept with `answer=None`; whether that is allowed is for the caller to say. A row of a format with
+rejected answers is a whole pair: two different answers, neither blank. What is wrong comes as a `RowError`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from slmops.core.example import Example, Message, Role
@@ -16,7 +17,7 @@ from slmops.core.spec import Columns
 from slmops.data.readers.problems import did_you_mean
 from slmops.data.readers.text import RawValue
 
-Shape = Literal["messages", "alpaca", "sharegpt", "prompt_completion", "columns"]
+Shape = Literal["messages", "alpaca", "sharegpt", "prompt_completion", "preference", "columns"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 ROLE_NAMES: dict[str, Role] = {
@@ -40,6 +41,8 @@ class RowError(ValueError):
 def detect(value: RawValue) -> Shape:
     """The shape of a file by its first row; `columns` where no known shape fits."""
     if isinstance(value, dict):
+        if "chosen" in value:
+            return "preference"
         if "messages" in value:
             return "messages"
         if "conversations" in value:
@@ -48,6 +51,8 @@ def detect(value: RawValue) -> Shape:
             return "alpaca"
         if "prompt" in value and "completion" in value:
             return "prompt_completion"
+        if "rejected" in value and not any(name.casefold() in ANSWER_NAMES for name in value):
+            return "preference"
     return "columns"
 
 
@@ -78,6 +83,7 @@ def parser(shape: Shape, columns: Columns) -> Callable[[RawValue], Example]:
         "alpaca": _alpaca,
         "sharegpt": _sharegpt,
         "prompt_completion": _prompt_completion,
+        "preference": _preference,
     }
     parse = by_key[shape]
 
@@ -124,6 +130,21 @@ def build(messages: Sequence[Message], answer: str | None) -> Example:
     if answer is None or not answer.strip():
         return Example(prompt, None, "none")
     return Example(prompt, answer, "gold")
+
+
+def pair(example: Example, rejected: str) -> Example:
+    """The example with a rejected answer beside its own.
+
+    Raises:
+        RowError: one of the two is blank, or they are the same.
+    """
+    hint = "a pair needs two different answers: complete the row or take it out"
+    for answer, what in ((example.answer, "chosen"), (rejected, "rejected")):
+        if answer is None or not answer.strip():
+            raise RowError(f"the {what} answer is empty", hint)
+    if rejected.strip() == (example.answer or "").strip():
+        raise RowError("the chosen and the rejected answer are the same", hint)
+    return replace(example, rejected=rejected)
 
 
 def _need(row: Mapping[str, Any], key: str) -> Any:
@@ -197,6 +218,11 @@ def _messages(row: Mapping[str, Any]) -> Example:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Example:
+    return _split(_conversation(row))
+
+
+def _conversation(row: Mapping[str, Any]) -> list[Message]:
+    """The turns of a sharegpt row, its system message first."""
     value = _need(row, "conversations")
     if not isinstance(value, list) or not value:
         raise RowError("'conversations' is not a list of turns", 'write [{"from": "human", "value": "…"}, …]')
@@ -205,10 +231,15 @@ def _sharegpt(row: Mapping[str, Any]) -> Example:
         if not isinstance(turn, dict):
             raise RowError("a turn is not an object", 'write {"from": "human", "value": "…"}')
         turns.append(_message(_need(turn, "from"), _need(turn, "value")))
-    return _split(turns)
+    return turns
 
 
 def _alpaca(row: Mapping[str, Any]) -> Example:
+    return build(_instruction(row), as_text(_need(row, "output"), "'output'"))
+
+
+def _instruction(row: Mapping[str, Any]) -> list[Message]:
+    """The prompt of an alpaca row."""
     instruction = as_text(_need(row, "instruction"), "'instruction'")
     given = as_text(row.get("input"), "'input'")
     turns = [Message("system", as_text(row["system"], "'system'"))] if row.get("system") else []
@@ -217,7 +248,7 @@ def _alpaca(row: Mapping[str, Any]) -> Example:
             raise RowError("'history' is not a list of [question, answer]")
         turns += [_message("user", pair[0]), _message("assistant", pair[1])]
     text = "\n\n".join(part for part in (instruction, given) if part.strip())
-    return build([*turns, Message("user", text)], as_text(_need(row, "output"), "'output'"))
+    return [*turns, Message("user", text)]
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Example:
@@ -227,6 +258,67 @@ def _prompt_completion(row: Mapping[str, Any]) -> Example:
         answers = _turns(completion, "completion")
         return _split([*turns, *answers])
     return build(turns, as_text(completion, "'completion'"))
+
+
+def _preference(row: Mapping[str, Any]) -> Example:
+    """A chosen and a rejected answer: texts, messages, or whole conversations, which then hold the prompt."""
+    if row.get("tools"):
+        raise RowError("'tools' beside the messages is not read", "write the tools into the system message")
+    chosen, rejected = (_side(_need(row, key), key) for key in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise RowError(
+            "chosen and rejected differ before their last message", "only the last answer may differ: cut both there"
+        )
+    turns = _prompt(row, chosen[:-1])
+    if row.get("system") and turns and turns[0].role != "system":
+        turns = [Message("system", as_text(row["system"], "the system message")), *turns]
+    return pair(build(turns, chosen[-1].content), rejected[-1].content)
+
+
+def _side(value: Any, what: str) -> list[Message]:
+    """The messages of one answer, the last of them the assistant's."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
+    if not isinstance(value, list):
+        return [Message("assistant", as_text(value, repr(what)))]
+    turns = []
+    for turn in value:
+        if isinstance(turn, dict) and "from" in turn:
+            turns.append(_message(turn["from"], _need(turn, "value")))
+        else:
+            turns += _turns([turn], what)
+    if not turns or turns[-1].role != "assistant":
+        raise RowError(f"{what!r} does not end with the assistant", "the last message must be the answer")
+    return turns
+
+
+def _prompt(row: Mapping[str, Any], head: list[Message]) -> list[Message]:
+    """The messages before the answers of a pair, from the row's own prompt and what both answers begin with."""
+    if "conversations" in row:
+        given = _conversation(row)
+    elif "instruction" in row and "prompt" not in row:
+        given = _instruction(row)
+    else:
+        names = [name for name in row if name.casefold() in PROMPT_NAMES]
+        name = "prompt" if "prompt" in names else names[0] if len(names) == 1 else None
+        value = row[name] if name is not None else None
+        if isinstance(value, list) and value:
+            given = _turns(value, str(name))
+        else:
+            given = [Message("user", as_text(value, repr(name)))] if value else []
+    if not given and not head:
+        raise RowError(
+            "the pair has no prompt",
+            "add 'prompt', give chosen and rejected as whole conversations, or set data.columns: {prompt: NAME, …}",
+        )
+    if not head or not given:
+        return head or given
+    asked = {m.content.strip() for m in head if m.role == "user"}
+    if head[: len(given)] == given or (given[-1].role == "user" and given[-1].content.strip() in asked):
+        return head
+    if head[0].role not in ("assistant", "tool"):
+        raise RowError("chosen and rejected do not begin with the prompt", "leave the prompt out, or correct it")
+    return [*given, *head]
 
 
 def _columns(row: RawValue, columns: Columns) -> Example:
@@ -250,4 +342,5 @@ def _columns(row: RawValue, columns: Columns) -> Example:
     context = cell(columns.context, "context")
     system = cell(columns.system, "system")
     turns = [Message("system", system), Message("user", f"{context}\n\n{prompt}" if context.strip() else prompt)]
-    return build(turns, cell(columns.answer, "answer"))
+    example = build(turns, cell(columns.answer, "answer"))
+    return example if columns.rejected is None else pair(example, cell(columns.rejected, "rejected"))
