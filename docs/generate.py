@@ -1,4 +1,4 @@
-"""Regenerate the reference pages from the code: docs/reference/{cli,spec}.md. `make docs` runs this.
+"""Regenerate the reference pages from the code: docs/reference/{cli,spec,import}.md. `make docs` runs this.
 
 A test compares the pages with what this script makes, so they cannot fall behind.
 """
@@ -19,6 +19,8 @@ from pydantic_core import PydanticUndefined
 
 from slmops.cli.main import parser
 from slmops.core.spec import Spec
+from slmops.flow.interop import TRAINERS, axolotl_data, olive_form
+from slmops.flow.interop.rules import Ignored, To
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -119,7 +121,41 @@ def _default(field: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else "empty"
 
 
-PAGES = {"cli.md": cli, "spec.md": spec}
+def imports() -> str:
+    """Every key that `slmops import` knows, by trainer: where it goes, or why it goes nowhere."""
+    parts = [
+        "# Keys of other trainers\n",
+        "Made by `make docs` from `slmops.flow.interop`. A key that is in no table is named as unknown by the import. A star",
+        "marks keys without which something else is learned, unless they are switched off: `--strict` refuses them.\n",
+    ]
+    for trainer in TRAINERS.values():
+        parts += [f"\n## {trainer.NAME}\n", _keys(trainer.TRANSLATED, trainer.IGNORED)]
+        if trainer.NAME == axolotl_data.TRAINER:
+            parts += ["\n### Entries of `datasets`\n", _keys(axolotl_data.TRANSLATED, axolotl_data.IGNORED)]
+    return "\n".join(parts)
+
+
+def _keys(translated: dict[str, To], ignored: dict[str, Ignored]) -> str:
+    options = {key: option for option, key in olive_form.OPTIONS.items()}
+    words = {"always": "what slmops does anyhow", "none": "an error: it has no counterpart"}
+    by_place: dict[str, list[str]] = {}
+    for key, rule in translated.items():
+        option = options.get(key)
+        by_place.setdefault(rule.path, []).append(f"`{option}` (`{key}`)" if option else f"`{key}`")
+    rows = ["| key | becomes |", "| --- | --- |"]
+    for place, keys in by_place.items():
+        shown = words.get(place, place if " " in place else f"`{place}`")
+        rows.append(f"| {', '.join(keys)} | {shown} |")
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in ignored.items():
+        star = "\\*" if reason.changes else ""
+        by_reason.setdefault(reason.reason, []).append(f"`{key}`{star}")
+    rows += ["", "| ignored | because |", "| --- | --- |"]
+    rows += [f"| {', '.join(keys)} | {reason} |" for reason, keys in by_reason.items()]
+    return "\n".join(rows) + "\n"
+
+
+PAGES = {"cli.md": cli, "spec.md": spec, "import.md": imports}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def shell(script: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", ["cli.md", "spec.md"])
+@pytest.mark.parametrize("page", ["cli.md", "spec.md", "import.md"])
 def test_reference_is_current(page: str) -> None:
     module = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert (ROOT / "docs" / "reference" / page).read_text() == module["PAGES"][page](), "run `make docs`"

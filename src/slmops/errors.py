@@ -48,14 +48,14 @@ class Problem:
 
 
 class SpecError(UsageError):
-    """The project file is wrong. Carries every problem of the file, not only the first."""
+    """The project file (or `what`) is wrong. Carries every problem of the file, not only the first."""
 
-    def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
+    def __init__(self, problems: Sequence[Problem], hint: str = "", what: str = "the project file") -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         listing = "\n".join(f"  {problem}" for problem in self.problems)
-        super().__init__(f"{head} in the project file:\n{listing}", hint)
+        super().__init__(f"{head} in {what}:\n{listing}", hint)
 
 
 class DataError(SlmopsError):

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from keyword import iskeyword
 from typing import NoReturn
 
 from slmops import __version__
@@ -19,7 +20,7 @@ from slmops.errors import SlmopsError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
-VERBS = ("init", "doctor", "plan", "run", "why", "report", "compare", "chat", "cache")
+VERBS = ("init", "import", "doctor", "plan", "run", "why", "report", "compare", "chat", "cache")
 
 DESCRIPTION = """\
 From a task and a teacher to a small language model on every device:
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
     for name in VERBS:
-        module = importlib.import_module(f"slmops.cli.{name}")
+        module = importlib.import_module(f"slmops.cli.{f'{name}_' if iskeyword(name) else name}")
         verb = verbs.add_parser(
             name, help=module.HELP, description=module.HELP[0].upper() + module.HELP[1:] + ".",
             epilog=getattr(module, "EPILOG", None), formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,6 +12,7 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class Places:
         if given:
             return replace(problem, file="--set", line=None)
         loc = tuple(int(part) if part.isdigit() else part for part in problem.path.split(".") if part)
-        return replace(problem, file=self.file, line=_line(self.tree, loc))
+        return replace(problem, file=self.file, line=line_of(self.tree, loc))
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Project:
         file = file / FILE_NAME
     if not file.is_file():
         raise UsageError(f"there is no {file}", "make a project with `slmops init NAME`, or give its file with -f FILE")
-    tree = _read(file)
+    tree = read_tree(file)
     places = Places(file.name, tree, tuple(_override(tree, override) for override in overrides))
     odd = list(_odd_values(tree))
     if odd:
@@ -123,32 +124,53 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Project:
     return Project(file.resolve(), file.resolve().parent, spec, places)
 
 
-def _read(file: Path) -> Any:
+def read_tree(
+    file: Path, what: str = "the project file", see: str = SEE, start: str = "start with `name:`", *, old: bool = False
+) -> CommentedMap:
+    """The mapping that a YAML file holds, with the place of each key.
+
+    Args:
+        file: the file to read.
+        what: the kind of file, for the head of an error.
+        see: the hint of an error.
+        start: the hint for a file without a mapping.
+        old: read YAML 1.1 (`no` is false), as most Python programs do.
+
+    Raises:
+        UsageError: it cannot be read.
+        SpecError: not UTF-8, not YAML, or not a mapping; with the line.
+    """
+
+    def wrong(message: str, hint: str, line: int | None = None) -> SpecError:
+        return SpecError([Problem(message, hint, file.name, line)], see, what)
+
     reader = YAML(typ="rt")
+    if old:
+        reader.version = (1, 1)
     try:
         content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}", "check its permissions") from error
     try:
-        tree = reader.load(content.decode())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of YAML 1.1, about numbers such as 1e-4
+            tree = reader.load(content.decode())
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        problem = Problem(f"byte 0x{content[error.start]:02x} is not UTF-8", "save the file as UTF-8", file.name, line)
-        raise SpecError([problem], SEE) from None
+        raise wrong(f"byte 0x{content[error.start]:02x} is not UTF-8", "save the file as UTF-8", line) from None
     except ReaderError as error:
         line = content.decode().count("\n", 0, error.position) + 1
-        problem = Problem("a control character, which no YAML file may hold", "remove it", file.name, line)
-        raise SpecError([problem], SEE) from None
+        raise wrong("a control character, which no YAML file may hold", "remove it", line) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark
         message = " ".join(str(error.problem or error.context or "not valid YAML").split())
         where = mark.line + 1 if mark else None
-        raise SpecError([Problem(message, "YAML 1.2; indent with spaces", file.name, where)], SEE) from None
+        raise wrong(message, "YAML 1.2; indent with spaces", where) from None
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         message = (str(error).splitlines() or ["not valid YAML"])[0]
-        raise SpecError([Problem(message, "YAML 1.2", file.name)], SEE) from None
+        raise wrong(message, "YAML 1.2") from None
     if not isinstance(tree, CommentedMap):
-        raise SpecError([Problem("the file is empty or not a mapping", "start with `name:`", file.name, 1)], SEE)
+        raise wrong("the file is empty or not a mapping", start, 1)
     return tree
 
 
@@ -276,7 +298,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _line(tree: Any, loc: tuple[Any, ...]) -> int | None:
+def line_of(tree: Any, loc: tuple[Any, ...]) -> int | None:
+    """The 1-based line of a key, or of the nearest one above it that is there."""
     node, line = tree, None
     for part in loc:
         try:
