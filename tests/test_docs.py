@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import SPEC
+
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 
@@ -61,6 +63,28 @@ def test_the_guide_runs(tmp_path: Path) -> None:
         elif kind == "sh":
             shell(text, tmp_path)
     assert (tmp_path / "outputs" / "own-task" / "report.html").exists()
+
+
+def test_the_guide_to_methods_plans(tmp_path: Path) -> None:
+    """Each block, laid over a small project, is accepted and planned with the method that it names."""
+    from ruamel.yaml import YAML
+
+    from slmops.flow.planner import plan
+    from slmops.flow.project import load
+
+    found = [text for kind, text in blocks(ROOT / "docs" / "guides" / "how-a-model-learns.md") if kind == "yaml"]
+    yaml = YAML()
+    for number, text in enumerate(found):
+        spec, own = yaml.load(SPEC), yaml.load(text)
+        file = tmp_path / f"{number}.yaml"
+        with file.open("w") as out:
+            yaml.dump({**spec, **own}, out)
+        steps = {step.id: step for step in plan(load(file, []).spec)}
+        method = own["train"]["method"]
+        assert steps["student"].method == ("train.sft" if method == "sequence" else f"train.{method}")
+        assert steps["student"].params["training"]["tuning"] == own["train"].get("tuning", "full")
+        assert ("teacher-2" in steps) == ("others" in own.get("teacher", {}))
+    assert len(found) == 4
 
 
 @pytest.mark.slow

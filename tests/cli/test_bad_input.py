@@ -93,6 +93,17 @@ BAD_SPECS = [
     Bad("date", "version: 2026-01-01\nname: tiny", ("version", "in quotes"), 1, "name: tiny"),
     Bad("values to swap where there are none", "gold: {per_label: 5}, augment: {method: swap}}", ("data.augment", "take it out"),
         3, "gold: {per_label: 5}}"),
+    Bad("additions to nothing", "train: {tuning: lora, method: logits", ("train.tuning", "give student.base"), 11,
+        "train: {method: logits"),
+    Bad("teacher tuned from scratch", "{tuning: dora, epochs: 8", ("teacher.train.tuning", "adds to a model that exists"), 7,
+        "{epochs: 8"),
+    Bad("learning rate 0", "learning_rate: 0", ("train.learning_rate", "greater than 0"), 7, "learning_rate: 3e-3"),
+    Bad("own tokenizer with the teacher's distributions", "method: on_policy",
+        ("student.tokenizer", "on_policy needs the teacher's tokenizer", "cross_tokenizer"), None, "method: logits"),
+    Bad("more teachers without a use", "max_new_tokens: 12\n  others: [{base: some/folder}]\nstudent:",
+        ("teacher.others", "is for logit distillation"), None, "max_new_tokens: 12\nstudent:"),
+    Bad("more teachers of two kinds", "max_new_tokens: 12\n  others: [{weight: 2}]\nstudent:",
+        ("exactly one of model, base",), 9, "max_new_tokens: 12\nstudent:"),
     Bad("nothing to learn from", "gold: {total: 0}}\nsynthesize: {label_pool: false}", ("data.gold",), 3,
         "gold: {per_label: 5}}"),
 ]  # fmt: skip
@@ -104,6 +115,10 @@ def test_project_file(bad: Bad, project: Path, slmops: Slmops) -> None:
     content = bad.text()
     if bad.name == "stages that do not fit":
         content = content.replace(b"convert: ", b"train: {quantization_aware: int4}\nconvert: ")
+    if bad.name.startswith("own tokenizer"):
+        content = content.replace(b"context: 64}\ntrain", b"context: 64}\n  tokenizer: {vocabulary: 400}\ntrain")
+    if bad.name == "more teachers without a use":
+        content = content.replace(b"method: logits", b"method: sequence")
     file.write_bytes(content)
     outcome = slmops("run", folder=project)
     outcome.refused(2, *bad.says)

@@ -24,7 +24,7 @@ def build(kind: str, vocabulary: int, seed: int = 0, hidden: int = 64, layers: i
     if kind == "llama":
         return t.LlamaForCausalLM(t.LlamaConfig(**common))
     if kind == "phi3":
-        return t.Phi3ForCausalLM(t.Phi3Config(**common))
+        return t.Phi3ForCausalLM(t.Phi3Config(**common, original_max_position_embeddings=context))
     return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**common, head_dim=hidden // 4, sliding_window=64))
 
 

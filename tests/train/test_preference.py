@@ -186,7 +186,7 @@ class Stopping(SilentProgress):
                 raise Stop
 
 
-QUICK = {("dpo", "full"), ("dpo", "lora"), ("orpo", "qlora")}
+QUICK = {("dpo", "lora"), ("orpo", "full")}
 
 
 @pytest.mark.parametrize(

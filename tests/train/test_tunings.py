@@ -45,6 +45,23 @@ def params(name: str, **training: Any) -> sft.Params:
     return sft.Params(training=t, files=("data/teacher.jsonl",), validation="data/validation.jsonl")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "dora", "qlora", "adapter"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "phi3"])
+def test_what_was_tuned_runs_in_onnx_runtime_genai(
+    kind: str, name: str, base: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    """The rest of the chain takes the result of every tuning: converted, it writes the same tokens as in torch."""
+    from slmops.convert import onnx_genai
+
+    train(params(name), data, base(kind), tmp_path / "model", tmp_path / "s")
+    (tmp_path / "onnx").mkdir()
+    ctx = Context(0, tmp_path / "s", tmp_path / "s")
+    convert = onnx_genai.Params(precision="fp32", fidelity_prompts=12)
+    onnx_genai.run(convert, {"model": tmp_path / "model", "data": data}, tmp_path / "onnx", ctx)
+    assert json.loads((tmp_path / "onnx" / "fidelity.json").read_text())["token_agreement"] == 1.0
+
+
 class Stop(BaseException):
     """Ends a training as a kill would: nothing handles it."""
 

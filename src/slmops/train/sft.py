@@ -158,6 +158,25 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     return Prepared(data, validation, model, folder, limit)
 
 
+def counted(ready: Prepared, params: Params) -> str:
+    """For the first example, which tokens count in the loss: those of the answer, each shown between bars."""
+    from slmops.train.encode import load_tokenizer
+
+    tokenizer = load_tokenizer(ready.tokenizer_folder)
+    ids, start = ready.data.ids[0].tolist(), int(ready.data.answer_from[0])
+    weight = params.training.prompt_weight
+    prompt = tokenizer.decode(ids[:start]).replace("\n", "↵")
+    prompt = prompt if len(prompt) <= 60 else f"…{prompt[-59:]}"
+    answer = [tokenizer.decode([token]).replace("\n", "↵") for token in ids[start : start + 12]]
+    more = f" and {len(ids) - start - 12} more" if len(ids) - start > 12 else ""
+    return (
+        f"what counts, in the first example: |{'|'.join(answer)}|{more}; not its {start} prompt tokens ({prompt})"
+        if weight == 0
+        else f"what counts, in the first example: |{'|'.join(answer)}|{more}, and {weight:g} of each of its {start} prompt tokens "
+        f"({prompt})"
+    )
+
+
 def supervised(params: Params, ready: Prepared) -> Objective:
     """The plain objective: cross-entropy of the given answers."""
     from slmops.train.objective import Supervised, cross_entropy, on_logits
@@ -197,6 +216,7 @@ def learn(
         f"{len(ready.data.ids)} examples ({int(ready.data.lengths.sum())} tokens), "
         f"{len(ready.validation.ids)} for validation, {'bf16' if bf16 else 'fp32'} on {device}"
     )
+    ctx.progress.log(counted(ready, params))
     objective = make_objective(ready, net) if make_objective else supervised(params, ready)
     loop = Loop(net, objective, training, ctx, identity=method)
     record = {"method": method, "tuning": training.tuning, **loop.run()}
