@@ -53,7 +53,7 @@ check: lint
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
-	$(BIN)/python -m pytest -q -m slow --durations=12
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --durations=12
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/training.py
