@@ -246,7 +246,7 @@ class _Builder:
     def _teacher(self, model: Architecture) -> None:
         teacher = self.spec.teacher
         assert teacher is not None
-        seed = self.spec.seed if teacher.seed is None else teacher.seed
+        seed = self._teacher_seed()
         self._tokenizer("teacher-tokenizer", teacher.tokenizer)
         files, inputs = self.augmented("teacher", ["data/teacher.jsonl"], {"data": "data"}, self.spec.data)
         self.taught = (files, inputs | {"tokenizer": "teacher-tokenizer"})
@@ -270,7 +270,7 @@ class _Builder:
     def _other_teachers(self) -> None:
         """`teacher-2`, `teacher-3`, …, each with its weight in the mean."""
         teacher = self.spec.teacher
-        first = self.spec.seed if teacher is None or teacher.seed is None else teacher.seed
+        first = self._teacher_seed()
         for place, other in enumerate(() if teacher is None else teacher.others, 2):
             id = f"teacher-{place}"
             if other.model is not None:
@@ -293,6 +293,11 @@ class _Builder:
         about = f"copies with other values ({augment.method}) for {model}"
         id = self.add(f"augmented-{model}", "data.augment", params, about, asked, threads=1, seed=0)
         return [*files, "augmented/train.jsonl"], {**inputs, "augmented": id}
+
+    def _teacher_seed(self) -> int:
+        """Of all that a teacher does for every student alike, so that students of other seeds share it."""
+        teacher = self.spec.teacher
+        return self.spec.seed if teacher is None or teacher.seed is None else teacher.seed
 
     def _tokenizer(self, id: str, tokenizer: TokenizerSpec) -> str:
         about = "byte-level BPE of the training text"
@@ -397,7 +402,9 @@ class _Builder:
             }
             asked = taught | {"teacher": "teacher"} | {f"teacher.{id}": id for id in self.others}
             about = "one teacher pass: its distributions, cached"
-            self.add("logits", "train.cache_logits", cache, about, asked, threads=teacher_threads)
+            self.add(
+                "logits", "train.cache_logits", cache, about, asked, seed=self._teacher_seed(), threads=teacher_threads
+            )
             about = "distil the student (logits)"
             self.add("student", "train.logits", params, about, taught | {"logits": "logits"}, threads=threads)
         elif method == "cross_tokenizer":
