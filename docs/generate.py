@@ -105,7 +105,9 @@ def _type(annotation: Any) -> str:
         return f"map to {_type(typing.get_args(annotation)[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-    return {int: "whole number", float: "number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
+    return {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}.get(
+        annotation, str(annotation)
+    )
 
 
 def _default(field: Any) -> str:

@@ -107,6 +107,26 @@ def test_the_guide_to_preferences_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_search_guide_runs(tmp_path: Path) -> None:
+    """On the project of the first guide; a yaml block adds to the file or, where it is indented, replaces a line of it."""
+    first = blocks(ROOT / "docs" / "guides" / "your-own-task.md")
+    subprocess.run([sys.executable, "-c", first[0][1]], cwd=tmp_path, check=True, timeout=60)
+    file = tmp_path / "slmops.yaml"
+    file.write_text(first[1][1])
+    for kind, text in blocks(ROOT / "docs" / "guides" / "search.md"):
+        if kind == "yaml" and not text.startswith(" "):
+            file.write_text(file.read_text() + text)
+        elif kind == "yaml":
+            key = text.partition(":")[0]
+            file.write_text(re.sub(rf"^{key}:.*\n", lambda _match, new=text: new, file.read_text(), flags=re.M))  # type: ignore[misc]
+            assert text in file.read_text()
+            shell("slmops plan", tmp_path)
+        elif kind == "sh":
+            assert "slmops run --set " in shell(text, tmp_path)
+    assert (tmp_path / "outputs" / "own-task" / "search.html").exists()
+
+
+@pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path) -> None:
     """Every `sh` block of the README, in order, in one folder. `make test` itself is the one that runs this."""
     demo = tmp_path / "demo"

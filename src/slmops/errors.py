@@ -112,3 +112,7 @@ class ResourceError(SlmopsError):
 
 class StepError(SlmopsError):
     """A step of a run failed for a reason slmops does not know; carries the step's name and its log."""
+
+
+class StoppedError(SlmopsError):
+    """A step was ended by whoever watched it, such as a search that gave a trial up."""

@@ -9,7 +9,7 @@ from slmops.core.method import Context, SilentProgress
 from slmops.engines.minimal import write_minimal
 from slmops.errors import DataError
 from slmops.evaluate import predict
-from slmops.evaluate.predict import Params, read_test
+from slmops.evaluate.predict import Params, read_split, read_test
 
 
 def write_rows(folder: Path, *contents: str) -> Path:
@@ -63,3 +63,20 @@ def test_bad_test_data_is_an_error_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('\n{"messages": [{"role": "user", "content": "no label"}]}\n')
     with pytest.raises(DataError, match=r"test\.jsonl:2: .*no answer"):
         read_test(tmp_path, None)
+
+
+def test_a_search_asks_for_validation_data_and_gets_nothing_else(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    write_minimal(model, "onnx_genai")
+    data = write_rows(tmp_path / "data", "in validation")
+    (data / "test.jsonl").rename(data / "validation.jsonl")
+    (tmp_path / "out").mkdir()
+    context = Context(seed=0, scratch=tmp_path, shared=tmp_path)
+    predict.run(Params(max_new_tokens=2, split="validation"), {"model": model, "data": data}, tmp_path / "out", context)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [r["prompt"] for r in rows] == ["in validation"]
+    with pytest.raises(DataError, match="no test split"):
+        predict.run(Params(), {"model": model, "data": data}, tmp_path / "out", context)
+    with pytest.raises(DataError, match="no validation split"):
+        read_split(tmp_path, "validation", None)

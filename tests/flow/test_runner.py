@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from slmops.core.method import Context, Progress, SilentProgress
 from slmops.core.spec import Spec
 from slmops.core.step import Step
-from slmops.errors import StepError
-from slmops.flow.executor import InlineExecutor
+from slmops.errors import SlmopsError, StepError, StoppedError
+from slmops.flow.executor import InlineExecutor, Task
 from slmops.flow.project import Project
-from slmops.flow.runner import Result, run
+from slmops.flow.runner import Result, Watcher, run
 from slmops.flow.state import State
 
 Fake = dict[str, types.SimpleNamespace]
@@ -126,3 +127,73 @@ def test_seed_and_params_make_other_keys(project: Project, fake: Fake) -> None:
         for text in ("x", "y")
     }
     assert len(keys) == 4
+
+
+def test_a_watcher_may_go_on_without_a_failed_step(project: Project, fake: Fake) -> None:
+    failed = []
+
+    def note(step: Step, error: SlmopsError) -> bool:
+        failed.append((step.id, error.message))
+        return True
+
+    result = run(State(project), steps(two={"fail": True}), InlineExecutor(), Watcher(failed=note))
+    assert sorted(result.ran) == ["one", "side"], "what needs the failed step is left out, the rest is run"
+    assert [id for id, _message in failed] == ["two"] and "on purpose" in failed[0][1]
+
+
+def test_a_watcher_ends_a_step_by_an_error_and_nothing_of_it_stays(project: Project, fake: Fake) -> None:
+    class Ends(SilentProgress):
+        def log(self, text: str) -> None:
+            raise StoppedError("enough")
+
+    original = fake["b"].run
+
+    def talks(params: object, inputs: object, out: Path, ctx: Context) -> object:
+        ctx.progress.log("half way")
+        return original(params, inputs, out, ctx)
+
+    fake["b"].run = talks
+    ended = []
+    watcher = Watcher(progress=lambda step: Ends(), failed=lambda step, error: bool(ended.append(step.id)) or True)
+    state = State(project)
+    assert run(state, steps(), InlineExecutor(), watcher).ran == ["one"]
+    assert sorted(ended) == ["side", "two"]
+    assert not list((state.root / "scratch").iterdir())
+    assert "three" in go(project, steps()).ran, "the next run starts them anew"
+
+
+def test_a_watcher_may_refuse_what_is_cached(project: Project, fake: Fake) -> None:
+    go(project, steps())
+
+    def refuse(step: Step, record: dict[str, object]) -> None:
+        if step.id == "two":
+            raise StoppedError("not this one")
+
+    watcher = Watcher(cached=refuse, failed=lambda step, error: step.id == "two")
+    result = run(State(project), steps(), InlineExecutor(), watcher)
+    assert set(result.outputs) == {"one", "side"} and result.ran == []
+
+
+def test_the_same_work_under_two_names_is_done_once(project: Project, fake: Fake) -> None:
+    """Even where both could start at the same time: they would share one scratch folder."""
+
+    class Patient(InlineExecutor):
+        capacity = 8
+
+        def start(self, task: Task, progress: Progress) -> None:
+            started.append(task.id)
+            super().start(task, progress)
+
+    started: list[str] = []
+    first = Step("first", "a", {"text": "1"}, {}, {"source": "data.txt"})
+    plan = [first, dataclasses.replace(first, id="second"), Step("end", "b", {}, {"x": "first", "y": "second"})]
+    result = run(State(project), plan, Patient())
+    assert started == ["first", "end"]
+    assert result.outputs["first"] == result.outputs["second"]
+
+
+def test_a_search_leaves_no_notes_for_why(project: Project, fake: Fake) -> None:
+    run(State(project, notes=False), steps(), InlineExecutor())
+    assert State(project).last(steps()[0]) is None
+    go(project, steps())
+    assert State(project).last(steps()[0]) is not None

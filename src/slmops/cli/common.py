@@ -28,6 +28,15 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
 
 
+def on_argument(parser: argparse.ArgumentParser) -> None:
+    """--on."""
+    parser.add_argument(
+        "--on", default="local", metavar="WHERE",
+        help="where steps run: local (default); ray: a Ray started on this machine; ray://HOST:10001: a Ray cluster, "
+        "whose nodes need slmops in this version and the project's folder at the same path, on a shared file system",
+    )  # fmt: skip
+
+
 def open_project(options: argparse.Namespace) -> Project:
     """The project that the options name."""
     from slmops.flow.project import load

@@ -65,6 +65,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "runtime": ("running, chat", ("onnxruntime-genai", "onnxruntime", "psutil")),
     "evaluate": ("judging", ("scipy", "rouge-score")),
     "hub": ("Hugging Face hub", ("huggingface_hub", "datasets")),
+    "search": ("hyperparameter search", ("optuna",)),
 }
 
 

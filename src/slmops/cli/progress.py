@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -60,12 +61,16 @@ class Terminal:
 
     def watcher(self) -> Watcher:
         """The parts that a run calls."""
-        return Watcher(lambda step: _Bar(self, step), self._started, self._cached, self._finished)
+        return Watcher(self.progress, self._started, self._cached, self._finished)
+
+    def progress(self, step: Step) -> Progress:
+        """A bar for a step."""
+        return _Bar(self, step)
 
     def _started(self, step: Step, status: Status) -> None:
         self.line(f"[{self.done + 1}/{self.total}] {step.id}: {step.about}")
 
-    def _cached(self, step: Step) -> None:
+    def _cached(self, step: Step, record: dict[str, Any]) -> None:
         self.done += 1
         self.reused += 1
 
@@ -105,3 +110,6 @@ class _Bar(Progress):
     def log(self, text: str) -> None:
         for line in text.splitlines():
             self.terminal.line(f"      {self.step.id}: {line}")
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        pass

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, seconds, size
+from slmops.cli.common import (
+    json_argument,
+    on_argument,
+    open_project,
+    print_json,
+    project_arguments,
+    say,
+    seconds,
+    size,
+)
 from slmops.core.layout import columns
 from slmops.errors import UsageError
 
@@ -35,17 +44,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=0, metavar="N", help="at most N steps beside each other (default: as cores allow)"
     )
+    on_argument(parser)
     json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the plan and print the verdict."""
     from slmops.flow.estimate import estimate, total
+    from slmops.flow.ray_executor import check_on
     from slmops.flow.runner import Options, Result, export, preflight, selected
     from slmops.flow.state import State
     from slmops.store.files import read_json
 
     begin = time.monotonic()
+    address = check_on(options.on)
     project = open_project(options)
     if options.budget is not None and not 0 <= options.budget < math.inf:
         raise UsageError(
@@ -75,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         cost = total([estimate(state, status, survey) for status in todo])
         preflight(state, survey, int(cost.disk_bytes), options.budget)
-        result = _run(state, steps, Options(options.strict, options.budget, options.jobs))
+        result = _run(state, steps, Options(options.strict, options.budget, options.jobs), address)
         made = export(state, result)
         say(
             f"\n{len(result.ran)} steps run, {len(survey) - len(result.ran)} cached, {seconds(time.monotonic() - begin)}"
@@ -93,13 +105,13 @@ def run(options: argparse.Namespace) -> int:
     return CODES[verdict]
 
 
-def _run(state: State, steps: Sequence[Step], options: Options) -> Result:
+def _run(state: State, steps: Sequence[Step], options: Options, address: str | None) -> Result:
     from slmops.cli.progress import Terminal
-    from slmops.flow.executor import LocalExecutor
+    from slmops.flow.executor import open_executor
     from slmops.flow.runner import run as run_plan
 
     with Terminal(len(steps)) as terminal:
-        return run_plan(state, steps, LocalExecutor(), terminal.watcher(), options)
+        return run_plan(state, steps, open_executor(state.root, address), terminal.watcher(), options)
 
 
 def _print_end(report: dict[str, Any], made: dict[str, Path]) -> None:

@@ -49,7 +49,10 @@ class Declaration:
 
 
 class Progress(Protocol):
-    """Where a method says how far it is. Implementations print, record or ignore."""
+    """Where a method says how far it is. Implementations print, record or ignore.
+
+    An implementation may raise a `SlmopsError` from any call: that ends the step, with this error.
+    """
 
     def start(self, label: str, total: int | None = None, unit: str = "") -> None:
         """Begin a named piece of work of `total` units (None: unknown)."""
@@ -62,6 +65,9 @@ class Progress(Protocol):
 
     def log(self, text: str) -> None:
         """A line that the user should read; kept in the step's log."""
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers that hold after `step` units of work, such as a validation loss; after a resume all come again."""
 
 
 class SilentProgress:
@@ -82,6 +88,9 @@ class SilentProgress:
     def log(self, text: str) -> None:
         """Keep the line."""
         self.lines.append(text)
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing is shown."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from slmops.core.model import Value
+from slmops.core.search import Search
 
 TaskType = Literal["classification", "extraction", "chat", "question_answering", "summarisation", "generation"]
 DataFormat = Literal[
@@ -487,3 +488,4 @@ class Spec(Value):
     )
     convert: Convert = Convert()
     evaluate: Evaluate = Evaluate()
+    search: Search | None = None

@@ -15,6 +15,7 @@ from typing import Any
 from slmops.errors import DataError
 
 NOT_SHIPPED = ("fidelity.json", "training.json")
+MODEL_FILES = (".onnx", ".onnx.data")
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,18 @@ def same_examples(first: str, left: tuple[Prediction, ...], second: str, right: 
     raise DataError(f"{first} and {second} cannot be compared: they {what}", hint)
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes of the model files of a converted model: graph and weights."""
+    return sum(size for name, size in _sizes(folder).items() if name.endswith(MODEL_FILES))
+
+
 def _converted(folder: Path) -> Converted:
-    files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    model = {name: size for name, size in files.items() if name.endswith((".onnx", ".onnx.data"))}
+    files = _sizes(folder)
+    model = {name: size for name, size in files.items() if name.endswith(MODEL_FILES)}
     weights = sum(size for name, size in model.items() if not name.endswith(".onnx"))
     total = sum(model.values())
     rest = {name: size for name, size in files.items() if name not in NOT_SHIPPED}

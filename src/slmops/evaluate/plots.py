@@ -6,6 +6,7 @@ all words stand outside the drawings, as HTML. Every drawing has a text that say
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,3 +133,46 @@ def curves(train: Curve, validation: Curve, best: float | None, bounds: tuple[fl
         f'<svg class="curve" viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(label)}">{body}</svg>'
     )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a scatter plot; `kind` is a CSS class: shipped (the best), student, faint."""
+
+    x: float
+    y: float
+    kind: str
+    label: str
+
+
+def scatter(
+    across: Axis, up: Axis, points: Sequence[Point], label: str, line: Sequence[tuple[float, float]] = ()
+) -> Markup:
+    """Points on two linear scales, the kind `shipped` on top, with a line through other places behind them."""
+    body = _grid(across)
+    body += "".join(
+        f'<line class="grid" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>' for y in (100 - up.at(t) for t in up.ticks)
+    )
+    for (x1, y1), (x2, y2) in itertools.pairwise(line):
+        body += (
+            f'<line class="trend" x1="{across.at(x1):.2f}%" x2="{across.at(x2):.2f}%" '
+            f'y1="{100 - up.at(y1):.2f}%" y2="{100 - up.at(y2):.2f}%"/>'
+        )
+    for point in sorted(points, key=lambda p: p.kind == "shipped"):
+        radius = 5 if point.kind == "shipped" else 4
+        body += (
+            f'<circle class="dot {point.kind}" cx="{across.at(point.x):.2f}%" cy="{100 - up.at(point.y):.2f}%" '
+            f'r="{radius}"><title>{escape(point.label)}</title></circle>'
+        )
+    return Markup(
+        f'<svg class="scatter" width="100%" height="176" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )
+
+
+def levels(scale: Axis, words: Sequence[str]) -> Markup:
+    """The tick labels of an upright axis as positioned HTML."""
+    out = [
+        f'<span style="top:{100 - scale.at(value):.2f}%">{escape(word)}</span>'
+        for value, word in zip(scale.ticks, words, strict=True)
+    ]
+    return Markup(f'<div class="levels" aria-hidden="true">{"".join(out)}</div>')

@@ -1,6 +1,7 @@
 """Method `evaluate.predict`: a model answers the test split, greedily, in the runtime it is to be judged in.
 
-Every test example gets a row in `predictions.jsonl`, in the order of the test file (or of the chosen part of it). A
+Every example gets a row in `predictions.jsonl`, in the order of the file (or of the chosen part of it). A search, which
+chooses by what it sees, asks for the validation split instead. A
 prompt that does not fit the context is a wrong answer, empty and unfinished, not a crash. Nothing is scored here.
 """
 
@@ -33,7 +34,7 @@ DECLARATION = Declaration(
 
 
 class Params(BaseParams):
-    """`max_examples` keeps that many test examples, those with the smallest ids; None keeps all.
+    """`max_examples` keeps that many examples of the split, those with the smallest ids; None keeps all.
 
     `adapter`: the one of the model's adapters that answers (`convert.onnx_adapters`).
     `guided`: the task, for a model that is told it in words, with `shots` gold examples before each question.
@@ -45,16 +46,17 @@ class Params(BaseParams):
     max_examples: Annotated[int, Field(ge=1)] | None = None
     guided: Task | None = None
     shots: NonNegative = 8
+    split: Literal["test", "validation"] = "test"
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
-    """Answer `inputs["data"]/test.jsonl` with `inputs["model"]`."""
+    """Answer `test.jsonl` (or `validation.jsonl`) of `inputs["data"]` with `inputs["model"]`."""
     from slmops.engines import open_engine
 
-    examples = read_test(inputs["data"], params.max_examples)
+    examples = read_split(inputs["data"], params.split, params.max_examples)
     asked, tidy = questions(inputs["data"], examples, params.guided, params.shots, ctx.seed)
     engine = open_engine(inputs["model"], threads=ctx.threads, kind=params.runtime, adapter=params.adapter)
-    ctx.progress.start("answering test prompts", len(examples), "prompts")
+    ctx.progress.start(f"answering {params.split} prompts", len(examples), "prompts")
     try:
         answers, tokens = answer(engine, asked, params.max_new_tokens, ctx)
     finally:
@@ -74,7 +76,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     too_long = sum(given is None for given in answers)
     cut = sum(given is not None and not given.finished for given in answers)
     if too_long:
-        ctx.progress.log(f"{too_long} test prompts do not fit the context of the model and count as wrong")
+        ctx.progress.log(f"{too_long} {params.split} prompts do not fit the context of the model and count as wrong")
     if cut:
         ctx.progress.log(f"{cut} answers were cut after {params.max_new_tokens} tokens")
     return {
@@ -119,21 +121,29 @@ def answer(
 
 
 def read_test(data: Path, limit: int | None) -> list[Example]:
-    """The test examples that have gold answers, at most `limit`, in the order of the file.
+    """The test examples; see `read_split`."""
+    return read_split(data, "test", limit)
+
+
+def read_split(data: Path, split: Literal["test", "validation"], limit: int | None) -> list[Example]:
+    """The examples of a split, all of which must have gold answers, at most `limit`, in the order of the file.
 
     Raises:
         DataError: the split is missing or empty, or an example has no gold answer.
     """
-    path = data / "test.jsonl"
+    path = data / f"{split}.jsonl"
     if not path.is_file():
-        raise DataError("the dataset has no test split", "set data.splits.test", file=str(path))
+        raise DataError(f"the dataset has no {split} split", f"set data.splits.{split}", file=str(path))
     examples = []
     for number, example in numbered_examples(path):
         if example.answer is None:
-            raise DataError("a test example has no answer", "test data need gold answers", file=str(path), line=number)
+            hint = f"{split} data need gold answers"
+            raise DataError(f"a {split} example has no answer", hint, file=str(path), line=number)
         examples.append(example)
     if not examples:
-        raise DataError("the test split is empty", "give test data or a larger data.splits.test", file=str(path))
+        raise DataError(
+            f"the {split} split is empty", f"give {split} data or a larger data.splits.{split}", file=str(path)
+        )
     if limit is not None and limit < len(examples):
         kept = sorted(range(len(examples)), key=lambda i: (examples[i].id, i))[:limit]
         examples = [examples[i] for i in sorted(kept)]

@@ -3,7 +3,8 @@
 An executor takes tasks (plain values: they could travel to another machine) and gives back their ends. `LocalExecutor`
 runs each task in a child process forked from a server that has the heavy libraries loaded: a crash of native code ends
 one step and not the run, memory goes back when a step ends, and several small steps run beside each other.
-`InlineExecutor` runs them in this process, for tests and for use as a library. Ray comes later behind the same protocol.
+`InlineExecutor` runs them in this process, for tests and for use as a library. `slmops.flow.ray_executor` is the same for
+a Ray cluster.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from typing import Any, Protocol
 from slmops.core.method import Context, Facts, Progress
 from slmops.errors import SlmopsError, StepError
 from slmops.store.files import disk_error
+
+PRELOAD = ("torch", "transformers", "numpy", "transformers.models.llama.modeling_llama")
+"""What the fork server imports: transformers loads its models late, and with them 2 s of other imports."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,15 @@ class Ended:
 
 
 class Executor(Protocol):
-    """Runs tasks. `start` does not wait; `next` waits for one to end."""
+    """Runs tasks. `start` does not wait; `next` waits for one to end.
+
+    A progress that raises a `SlmopsError` ends its task, with this error.
+
+    Attributes:
+        capacity: threads that tasks may use beside each other; None: those of this machine.
+    """
+
+    capacity: int | None
 
     def start(self, task: Task, progress: Progress) -> None:
         """Begin a task."""
@@ -102,6 +114,8 @@ def perform(task: Task, progress: Progress) -> Facts:
 
 class InlineExecutor:
     """One task at a time, in this process."""
+
+    capacity: int | None = None
 
     def __init__(self) -> None:
         self._ended: list[Ended] = []
@@ -158,6 +172,9 @@ class _Remote:
     def log(self, text: str) -> None:
         self._pipe.send(("log", (text,)))
 
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        self._pipe.send(("point", (step, dict(values))))
+
 
 def _child(task: Task, pipe: Connection) -> None:
     """Body of a child process."""
@@ -170,7 +187,7 @@ def _child(task: Task, pipe: Connection) -> None:
         _write_trace(task, error)
         error.__cause__ = None
         error.__context__ = None
-        pipe.send(("end", (None, _portable(error))))
+        pipe.send(("end", (None, portable(error))))
 
 
 def _die_with_parent(pipe: Connection) -> None:
@@ -181,12 +198,17 @@ def _die_with_parent(pipe: Connection) -> None:
         os._exit(1)
 
 
-def _portable(error: SlmopsError) -> tuple[type[SlmopsError], dict[str, Any], tuple[Any, ...]]:
+Portable = tuple[type[SlmopsError], dict[str, Any], tuple[Any, ...]]
+
+
+def portable(error: SlmopsError) -> Portable:
+    """An error as plain values that travel to another process."""
     return type(error), dict(error.__dict__), error.args
 
 
-def _rebuilt(portable: tuple[type[SlmopsError], dict[str, Any], tuple[Any, ...]]) -> SlmopsError:
-    kind, values, args = portable
+def rebuilt(parts: Portable) -> SlmopsError:
+    """Inverse of `portable`."""
+    kind, values, args = parts
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(values)
@@ -208,7 +230,9 @@ class LocalExecutor:
         preload: modules that the fork server imports once, so that no step pays for them; missing ones are ignored.
     """
 
-    def __init__(self, preload: tuple[str, ...] = ("torch", "transformers", "numpy")) -> None:
+    capacity: int | None = None
+
+    def __init__(self, preload: tuple[str, ...] = PRELOAD) -> None:
         # Waiting threads sleep instead of spinning: on a machine that does other work too, spinning costs a multiple.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars would run through ours; read when imported
@@ -227,22 +251,34 @@ class LocalExecutor:
     def next(self) -> Ended:
         """Pass progress on until a child ends."""
         while True:
-            for pipe in wait(list(self._running)):
-                assert isinstance(pipe, Connection)
-                running = self._running[pipe]
+            ended = self.poll(None)
+            if ended is not None:
+                return ended
+
+    def poll(self, seconds: float | None) -> Ended | None:
+        """Pass on what children say; wait so long (None: for ever) for the first word. The end of a child, if one ended."""
+        for pipe in wait(list(self._running), seconds):
+            assert isinstance(pipe, Connection)
+            running = self._running[pipe]
+            try:
+                kind, values = pipe.recv()
+            except (EOFError, OSError):
+                return self._crashed(pipe, running)
+            if kind != "end":
                 try:
-                    kind, values = pipe.recv()
-                except (EOFError, OSError):
-                    return self._crashed(pipe, running)
-                if kind != "end":
                     getattr(running.progress, kind)(*values)
-                    continue
-                del self._running[pipe]
-                running.process.join(10)
-                pipe.close()
-                facts, failure = values
-                error = _rebuilt(failure) if failure is not None else None
-                return Ended(running.task, facts, error, time.monotonic() - running.begin)
+                except SlmopsError as stopped:
+                    del self._running[pipe]
+                    self._kill(pipe, running)
+                    return Ended(running.task, None, stopped, time.monotonic() - running.begin)
+                continue
+            del self._running[pipe]
+            running.process.join(10)
+            pipe.close()
+            facts, failure = values
+            error = rebuilt(failure) if failure is not None else None
+            return Ended(running.task, facts, error, time.monotonic() - running.begin)
+        return None
 
     def _crashed(self, pipe: Connection, running: _Running) -> Ended:
         del self._running[pipe]
@@ -259,9 +295,30 @@ class LocalExecutor:
     def stop(self) -> None:
         """End all children."""
         for pipe, running in self._running.items():
-            running.process.terminate()
-            running.process.join(5)
-            if running.process.is_alive():
-                running.process.kill()
-            pipe.close()
+            self._kill(pipe, running)
         self._running.clear()
+
+    def _kill(self, pipe: Connection, running: _Running) -> None:
+        running.process.terminate()
+        running.process.join(5)
+        if running.process.is_alive():
+            running.process.kill()
+            running.process.join(5)
+        pipe.close()
+
+
+def open_executor(root: Path, address: str | None = None) -> Executor:
+    """The executor of a place.
+
+    Args:
+        root: the project's state folder.
+        address: None: this machine; else as in `slmops.flow.ray_executor.RayExecutor`.
+
+    Raises:
+        SlmopsError: the place cannot be used.
+    """
+    if address is None:
+        return LocalExecutor()
+    from slmops.flow.ray_executor import RayExecutor
+
+    return RayExecutor(root, address)

@@ -120,7 +120,13 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Project:
     try:
         spec = Spec.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise SpecError([places.find(_problem(detail)) for detail in _merged(error)], SEE) from None
+        raise SpecError([places.find(problem) for problem in spec_problems(error)], SEE) from None
+    if spec.search is not None:
+        from slmops.flow import search_space
+
+        wrong = search_space.problems(spec)
+        if wrong:
+            raise SpecError([places.find(problem) for problem in wrong], SEE)
     return Project(file.resolve(), file.resolve().parent, spec, places)
 
 
@@ -236,6 +242,11 @@ def _override(tree: Any, text: str) -> str:
     return key.strip()
 
 
+def spec_problems(error: ValidationError) -> list[Problem]:
+    """What pydantic found wrong with a spec, in our words, without lines."""
+    return [_problem(detail) for detail in _merged(error)]
+
+
 def _merged(error: ValidationError) -> list[Any]:
     """Errors of the branches of a union come one a branch; keep one for each place."""
     seen: dict[tuple[Any, ...], Any] = {}
@@ -300,12 +311,15 @@ def _shown(value: Any) -> str:
 
 def line_of(tree: Any, loc: tuple[Any, ...]) -> int | None:
     """The 1-based line of a key, or of the nearest one above it that is there."""
-    node, line = tree, None
-    for part in loc:
+    node, line, skip = tree, None, 0
+    for i, part in enumerate(loc):
+        if skip:  # inside a key that has dots itself, as those of search.parameters
+            skip -= 1
+            continue
         try:
-            if isinstance(node, CommentedMap) and part in node:
-                line = node.lc.key(part)[0] + 1
-                node = node[part]
+            if isinstance(node, CommentedMap) and (key := _key_at(node, loc[i:])) is not None:
+                line = node.lc.key(key)[0] + 1
+                skip, node = str(key).count("."), node[key]
             elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
                 line = node.lc.item(part)[0] + 1
                 node = node[part]
@@ -314,6 +328,12 @@ def line_of(tree: Any, loc: tuple[Any, ...]) -> int | None:
         except (KeyError, TypeError, AttributeError):
             break
     return line
+
+
+def _key_at(node: CommentedMap, loc: tuple[Any, ...]) -> Any:
+    """The key of a mapping that the next parts of a place name, None if it has none."""
+    joined = (".".join(str(part) for part in loc[:end]) for end in range(2, len(loc) + 1))
+    return next((key for key in (loc[0], *joined) if key in node), None)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -337,6 +357,13 @@ def _model_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
             return None
         model, named = inner[0], typing.get_origin(field.annotation) is dict
     return model
+
+
+def annotations_at(loc: tuple[str, ...]) -> Any:
+    """The type of a key of the project file, None where there is no such key."""
+    model = _model_at(loc[:-1])
+    field = model.model_fields.get(loc[-1]) if model else None
+    return field.annotation if field else None
 
 
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:

@@ -6,6 +6,7 @@ runs on the same project at a time are refused; everything that can be refused i
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from slmops.core.method import Progress, SilentProgress
 from slmops.core.step import Step
 from slmops.engines.endpoint_address import check_endpoint
-from slmops.errors import ResourceError, SlmopsError
+from slmops.errors import ResourceError, SlmopsError, StoppedError
 from slmops.flow import methods
 from slmops.flow.executor import Ended, Executor, Task
 from slmops.flow.state import State, Status
@@ -25,12 +26,17 @@ from slmops.store.files import exclusive, remove_tree
 
 @dataclass
 class Watcher:
-    """What wants to know of a run while it goes: the terminal, a test. Every part may be left as it is."""
+    """What wants to know of a run while it goes: the terminal, a test. Every part may be left as it is.
+
+    `progress` and `cached` may raise a `SlmopsError`, which then counts as the step's own. `failed` says whether the run
+    goes on without a step that failed, and without all that needs it.
+    """
 
     progress: Callable[[Step], Progress] = lambda step: SilentProgress()
     started: Callable[[Step, Status], None] = lambda step, status: None
-    cached: Callable[[Step], None] = lambda step: None
+    cached: Callable[[Step, dict[str, Any]], None] = lambda step, record: None
     finished: Callable[[Step, dict[str, Any]], None] = lambda step, record: None
+    failed: Callable[[Step, SlmopsError], bool] = lambda step, error: False
 
 
 @dataclass
@@ -104,10 +110,25 @@ def run(
     Raises:
         SlmopsError: the first error of a step, after the steps beside it have been ended; finished work is kept.
     """
-    watcher, options = watcher or Watcher(), options or Options()
+    with alone(state):
+        return run_alone(state, steps, executor, watcher, options)
+
+
+def alone(state: State) -> contextlib.AbstractContextManager[None]:
+    """Hold the project, so that nobody else runs steps in it.
+
+    Raises:
+        SlmopsError: somebody does.
+    """
     state.root.mkdir(parents=True, exist_ok=True)
-    with exclusive(state.root / "lock", f"another slmops run is at work on {state.project.root}"):
-        return _Run(state, steps, executor, watcher, options).go()
+    return exclusive(state.root / "lock", f"another slmops run is at work on {state.project.root}")
+
+
+def run_alone(
+    state: State, steps: Sequence[Step], executor: Executor, watcher: Watcher | None = None, options: Options | None = None
+) -> Result:  # fmt: skip
+    """`run`, for a caller that holds the project by `alone`."""
+    return _Run(state, steps, executor, watcher or Watcher(), options or Options()).go()
 
 
 class _Run:
@@ -140,6 +161,8 @@ class _Run:
         while progress:
             progress = False
             for step in list(self.waiting):
+                if step not in self.waiting:
+                    continue  # dropped with what it needs
                 if any(source not in self.result.outputs for source in step.inputs.values()):
                     continue
                 status = self.state.status(step, self.result.outputs)
@@ -147,9 +170,16 @@ class _Run:
                     self.waiting.remove(step)
                     self.state.remember(step, status.parts)
                     remove_tree(self.state.root / "scratch" / status.key)  # left where a kill came after the record
-                    self._done(step, status.output, self.state.record(status.key) or {})
-                    self.watcher.cached(step)
+                    record = self.state.record(status.key) or {}
+                    try:
+                        self.watcher.cached(step, record)
+                    except SlmopsError as error:
+                        self._failed(step, error)
+                    else:
+                        self._done(step, status.output, record)
                     progress = True
+                elif any(other.key == status.key for other in self.running.values()):
+                    continue  # the same work under another name: its result will do
                 elif self._fits(step):
                     self.waiting.remove(step)
                     self._start(step, status)
@@ -160,7 +190,17 @@ class _Run:
         if self.options.jobs and len(self.running) >= self.options.jobs:
             return False
         used = sum(self.state.threads(status.step) for status in self.running.values())
-        return used + self.state.threads(step) <= self.state.cores
+        return used + self.state.threads(step) <= (self.executor.capacity or self.state.cores)
+
+    def _failed(self, step: Step, error: SlmopsError) -> None:
+        """Go on without a step and all that needs it, or end the run with its error."""
+        if not self.watcher.failed(step, error):
+            raise error
+        lost = {step.id}
+        for other in self.waiting:  # in the plan's order, in which each comes after its inputs
+            if lost & set(other.inputs.values()):
+                lost.add(other.id)
+        self.waiting = [other for other in self.waiting if other.id not in lost]
 
     def _start(self, step: Step, status: Status) -> None:
         assert status.key is not None
@@ -186,7 +226,9 @@ class _Run:
     def _end(self, ended: Ended) -> None:
         status = self.running.pop(ended.task.id)
         if ended.error is not None:
-            raise ended.error
+            if isinstance(ended.error, StoppedError):
+                remove_tree(ended.task.scratch.parent)
+            return self._failed(status.step, ended.error)
         step = status.step
         assert status.key is not None and status.parts is not None
         declaration = methods.get(step.method).DECLARATION

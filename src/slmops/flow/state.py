@@ -47,10 +47,16 @@ class Status:
 
 
 class State:
-    """The state folder of a project."""
+    """The state folder of a project.
 
-    def __init__(self, project: Project, cores: int | None = None) -> None:
+    Args:
+        cores: threads of the machine that runs the steps; default: those of this one.
+        notes: whether finished steps are noted for `why`; a search's trials are not what the project last was.
+    """
+
+    def __init__(self, project: Project, cores: int | None = None, *, notes: bool = True) -> None:
         self.project = project
+        self.notes = notes
         self.root = project.state
         self.store = Store(self.root / "store")
         self.cores = cores or len(os.sched_getaffinity(0))
@@ -87,7 +93,7 @@ class State:
     def remember(self, step: Step, parts: KeyParts) -> None:
         """Note the key parts under the step's name, for `why`."""
         path = self.root / "last" / self.project.spec.name / f"{step.id}.json"
-        if read_json(path) != parts:
+        if self.notes and read_json(path) != parts:
             write_json(path, parts)
 
     def last(self, step: Step) -> KeyParts | None:
@@ -115,7 +121,7 @@ class State:
         base = path if path.is_dir() else path.parent
         return digest_json([[p.relative_to(base).as_posix(), self._file_digest(p)] for p in files])
 
-    def _source_digests(self, step: Step) -> dict[str, str]:
+    def source_digests(self, step: Step) -> dict[str, str]:
         """Digests of a step's sources. A method may have `covers(params, path)`: the files that it will read."""
         method = methods.get(step.method)
         reads = getattr(method, "covers", None)
@@ -154,7 +160,7 @@ class State:
         if waiting:
             return Status(step, "run", None, None, None, tuple(f"waits for {name}" for name in waiting))
         digests = {name: outputs[source] for name, source in step.inputs.items()}
-        digests |= self._source_digests(step)
+        digests |= self.source_digests(step)
         declaration = methods.get(step.method).DECLARATION
         environment = methods.environment(declaration, self.threads(step))
         parts = key_parts(step, declaration, digests, environment)

@@ -286,6 +286,7 @@ class Loop:
         point["validation_loss"] = round(value, 6)
         if isinstance(self.objective, Measured):
             point |= self.objective.measured
+        self.ctx.progress.point(done, {"validation_loss": point["validation_loss"]})
         if s.best_loss is None or value < s.best_loss:
             s.best_loss, s.best_step, s.stale = value, done, 0
             s.best_file = self.checkpoints.save_best(done, self.network.trained)
@@ -307,6 +308,9 @@ class Loop:
             if self.resume():
                 progress.log(f"going on from step {self.state.step} of {total}")
             s = self.state
+            for point in s.points:
+                if point["validation_loss"] is not None:
+                    progress.point(point["step"], {"validation_loss": point["validation_loss"]})
             progress.start("training", total, "steps")
             progress.advance(s.step)
             mark = saved = time.monotonic()
