@@ -99,7 +99,7 @@ sft.run(sft.Params.model_validate_json(sys.argv[1]), {"data": Path(sys.argv[2]),
 def test_killed_anywhere_resumes_to_the_same_bytes(
     extra: dict[str, object], data: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    p = params(epochs=8, **extra)
+    p = params(epochs=40, **extra)
     train(p, {"data": data, "tokenizer": tokenizer}, tmp_path / "whole")
     out, kills, resumed = tmp_path / "cut", 0, 0
     for attempt in range(40):
