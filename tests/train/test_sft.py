@@ -88,6 +88,7 @@ class P:
     def start(self, *a, **k): print("start", flush=True)
     def advance(self, done=1, note=""): print(done, flush=True)
     def stop(self): pass
+    def point(self, *a, **k): pass
     def log(self, text): print(text, flush=True)
 sft.run(sft.Params.model_validate_json(sys.argv[1]), {"data": Path(sys.argv[2]), "tokenizer": Path(sys.argv[6])},
         out, Context(seed=3, scratch=Path(sys.argv[4]), shared=out, progress=P()))
@@ -99,7 +100,7 @@ sft.run(sft.Params.model_validate_json(sys.argv[1]), {"data": Path(sys.argv[2]),
 def test_killed_anywhere_resumes_to_the_same_bytes(
     extra: dict[str, object], data: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    p = params(epochs=40, **extra)
+    p = params(epochs=8, **extra)
     train(p, {"data": data, "tokenizer": tokenizer}, tmp_path / "whole")
     out, kills, resumed = tmp_path / "cut", 0, 0
     for attempt in range(40):
