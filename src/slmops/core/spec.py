@@ -375,6 +375,8 @@ class Preference(Value):
 
 FROM_TEACHER = ("logits", "on_policy", "hidden_states", "cross_tokenizer")
 """Methods that learn from more of a teacher than its text."""
+PREFERENCE = ("dpo", "orpo")
+"""Methods that learn from pairs."""
 TrainMethod = Literal["sequence", "logits", "on_policy", "hidden_states", "cross_tokenizer", "dpo", "orpo"]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from slmops.core.spec import FROM_TEACHER, Architecture, Columns, Data, Spec, Task, TokenizerSpec, Training
+from slmops.core.spec import FROM_TEACHER, PREFERENCE, Architecture, Columns, Data, Spec, Task, TokenizerSpec, Training
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
 from slmops.flow import adapters
@@ -139,7 +139,7 @@ def check(spec: Spec) -> list[Problem]:
 def _preference(spec: Spec) -> list[Problem]:
     """What the preference methods cannot work with."""
     method, data, supervised = spec.train.method, spec.data, spec.train.preference.supervised
-    if method not in ("dpo", "orpo"):
+    if method not in PREFERENCE:
         return []
     found: list[tuple[str, str, str]] = []
     if data.format in ("messages", "alpaca", "sharegpt", "prompt_completion"):
@@ -223,7 +223,7 @@ class _Builder:
     def _data(self) -> None:
         teacher = self.spec.teacher
         trains = teacher is not None and teacher.model is not None
-        pairs = self.spec.train.method in ("dpo", "orpo")
+        pairs = self.spec.train.method in PREFERENCE
         self.prepare("data", self.spec.data, self.spec.task, trains, "read, split, keep test data apart", pairs)
 
     def prepare(self, id: str, data: Data, task: Task, needs_teacher: bool, about: str, pairs: bool = False) -> str:
@@ -420,7 +420,7 @@ class _Builder:
             word = "the student writes, the teacher scores" if method == "on_policy" else "imitate the teacher's inside"
             asked = taught | {"teacher": "teacher"}
             self.add("student", f"train.{method}", params, f"distil the student ({word})", asked, threads=threads)
-        elif method in ("dpo", "orpo"):
+        elif method in PREFERENCE:
             start, own = common, taught
             if _supervised_first(spec):
                 training = spec.train.preference.supervised

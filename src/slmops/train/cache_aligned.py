@@ -16,7 +16,7 @@ from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
 from slmops.core.spec import Positive
 from slmops.errors import TrainingError
-from slmops.train.sft import PACKAGES, check_rows
+from slmops.train.sft import PACKAGES, TAKES, check_rows
 
 BATCH = 64
 
@@ -24,14 +24,7 @@ DECLARATION = Declaration(
     name="train.cache_aligned",
     version="1",
     makes="logits",
-    takes={
-        "teacher": "model",
-        "data": "dataset",
-        "synthetic?": "dataset",
-        "augmented?": "dataset",
-        "tokenizer?": "tokenizer",
-        "base?": "model",
-    },
+    takes={"teacher": "model"} | TAKES,
     extra="train",
     packages=PACKAGES,
     threads=True,

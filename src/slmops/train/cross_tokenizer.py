@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from slmops.core.digest import digest_file
 from slmops.core.method import Context, Declaration, Facts
-from slmops.core.spec import Architecture, Train
+from slmops.core.spec import Train
 from slmops.errors import TrainingError
 from slmops.train import sft
 from slmops.train.objective import Supervised, piecewise
@@ -41,14 +41,7 @@ DECLARATION = Declaration(
     name="train.cross_tokenizer",
     version="1",
     makes="model",
-    takes={
-        "aligned": "logits",
-        "data": "dataset",
-        "synthetic?": "dataset",
-        "augmented?": "dataset",
-        "tokenizer?": "tokenizer",
-        "base?": "model",
-    },
+    takes={"aligned": "logits"} | sft.TAKES,
     extra="train",
     packages=sft.PACKAGES,
     threads=True,
@@ -59,9 +52,6 @@ class Params(sft.Params):
     """As for `train.sft`, with `logit_weight`."""
 
     training: Train = Train(method="cross_tokenizer")
-    architecture: Architecture | None = None
-    files: tuple[str, ...]
-    validation: str | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.method import Context, Declaration, Facts
-from slmops.core.spec import Architecture, Train
+from slmops.core.spec import Train
 from slmops.errors import TrainingError
 from slmops.train import sft
 from slmops.train.objective import Supervised, cross_entropy, part_loss
@@ -42,14 +42,7 @@ DECLARATION = Declaration(
     name="train.hidden_states",
     version="1",
     makes="model",
-    takes={
-        "teacher": "model",
-        "data": "dataset",
-        "synthetic?": "dataset",
-        "augmented?": "dataset",
-        "tokenizer?": "tokenizer",
-        "base?": "model",
-    },
+    takes={"teacher": "model"} | sft.TAKES,
     extra="train",
     packages=sft.PACKAGES,
     threads=True,
@@ -60,9 +53,6 @@ class Params(sft.Params):
     """As for `train.sft`, with the weights of what is imitated."""
 
     training: Train = Train(method="hidden_states")
-    architecture: Architecture | None = None
-    files: tuple[str, ...]
-    validation: str | None = None
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from slmops.core.digest import digest_file
 from slmops.core.method import Context, Declaration, Facts
-from slmops.core.spec import Architecture, Train
+from slmops.core.spec import Train
 from slmops.errors import TrainingError
 from slmops.train import sft
 from slmops.train.batches import Part
@@ -38,14 +38,7 @@ DECLARATION = Declaration(
     name="train.logits",
     version="3",
     makes="model",
-    takes={
-        "logits": "logits",
-        "data": "dataset",
-        "synthetic?": "dataset",
-        "augmented?": "dataset",
-        "tokenizer?": "tokenizer",
-        "base?": "model",
-    },
+    takes={"logits": "logits"} | sft.TAKES,
     extra="train",
     packages=sft.PACKAGES,
     threads=True,
@@ -56,9 +49,6 @@ class Params(sft.Params):
     """As for `train.sft`, with the fields of `Train` that speak of distributions."""
 
     training: Train = Train(method="logits")
-    architecture: Architecture | None = None
-    files: tuple[str, ...]
-    validation: str | None = None
 
 
 @dataclass(frozen=True)

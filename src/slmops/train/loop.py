@@ -276,8 +276,10 @@ class Loop:
         }
         s.loss_sum = s.loss_weight = 0.0
         s.points.append(point)
-        self.network.learn(False)
-        value = self.objective.validate(self.network, self.seen_weights(done - 1)) if looked else None
+        value = None
+        if looked:
+            self.network.learn(False)
+            value = self.objective.validate(self.network, self.seen_weights(done - 1))
         if value is None:
             return
         rounding = self.schedule.rounding_from

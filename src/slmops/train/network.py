@@ -130,7 +130,7 @@ class Network:
         self.device = device
         self.bf16 = bf16
         self.checkpointing = checkpointing
-        self.learning = False
+        self.learning = True  # as long as it was not switched
         self.layers = LowRank.of(self.model)
         self.modules = dict(self.model.named_modules())
         self.weights: dict[str, torch.Tensor] = dict(model.named_parameters())
@@ -184,9 +184,11 @@ class Network:
         return self.path
 
     def learn(self, on: bool) -> None:
-        """Switch between a training step and a plain forward pass."""
+        """Switch between a training step and a plain forward pass; nothing to do where it is so already."""
         import torch
 
+        if on == self.learning:
+            return
         self.learning = on
         self.model.eval()
         for name, module in self.modules.items():

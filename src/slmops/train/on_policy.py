@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.method import Context, Declaration, Facts
-from slmops.core.spec import Architecture, Train
+from slmops.core.spec import Train
 from slmops.train import sft
 from slmops.train.objective import Supervised, cross_entropy, on_logits, split, to_device
 
@@ -35,14 +35,7 @@ DECLARATION = Declaration(
     name="train.on_policy",
     version="1",
     makes="model",
-    takes={
-        "teacher": "model",
-        "data": "dataset",
-        "synthetic?": "dataset",
-        "augmented?": "dataset",
-        "tokenizer?": "tokenizer",
-        "base?": "model",
-    },
+    takes={"teacher": "model"} | sft.TAKES,
     extra="train",
     packages=sft.PACKAGES,
     threads=True,
@@ -53,9 +46,6 @@ class Params(sft.Params):
     """As for `train.sft`, with the fields of `Train` that speak of distributions and of writing."""
 
     training: Train = Train(method="on_policy")
-    architecture: Architecture | None = None
-    files: tuple[str, ...]
-    validation: str | None = None
 
 
 def jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
@@ -153,11 +143,11 @@ class OnPolicy:
         prompts = [data.ids[i][: int(data.answer_from[i])].tolist() for i in members]
         room = self.context - max(len(p) for p in prompts)
         limit = max(1, min(options.max_new_tokens, room))
-        learning, network.learning = network.learning, False
+        network.learn(False)
         texts = sample(
             network, weights, prompts, limit, self.end, options.temperature, self.seed * 1_000_003 + 7 * step + 1
         )
-        network.learning = learning
+        network.learn(True)
         self.written, at = {}, 0
         for s in ahead:
             count = len(self.order.batch(s))
@@ -228,13 +218,12 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     """
 
     def objective(ready: Prepared, net: Network) -> Objective:
-        from slmops.train.encode import load_tokenizer
         from slmops.train.teachers import scoring
 
         teacher, mark = scoring(inputs["teacher"], ready, net)
         loss = on_logits(cross_entropy(params.training))
         plain = Supervised(ready.data, ready.validation, params.training, loss)
-        end = int(load_tokenizer(ready.tokenizer_folder).eos_token_id)
+        end = int(ready.tokenizer.eos_token_id)
         return OnPolicy(plain, teacher, params.training, ctx.seed, end, ready.limit, mark)
 
     return sft.learn(params, inputs, out, ctx, DECLARATION.name, objective)

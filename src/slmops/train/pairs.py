@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from slmops.core.method import Context, Facts
-from slmops.core.spec import Architecture, Train
+from slmops.core.spec import Train
 from slmops.errors import DataError
 from slmops.train import sft
 from slmops.train.batches import Part, collate
@@ -39,9 +39,6 @@ class Params(sft.Params):
     """As for `train.sft`, with the fields of `Train` that speak of preferences. All examples must be pairs."""
 
     training: Train
-    architecture: Architecture | None = None
-    files: tuple[str, ...]
-    validation: str | None = None
 
 
 def check_pairs(rows: Sequence[Row], method: str) -> None:

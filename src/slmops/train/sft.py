@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slmops.core.digest import digest_text
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
-from slmops.core.spec import Architecture, Training
+from slmops.core.spec import PREFERENCE, Architecture, Training
 from slmops.errors import DataError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -25,17 +25,20 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
 
+TAKES = {
+    "data": "dataset",
+    "synthetic?": "dataset",
+    "augmented?": "dataset",
+    "tokenizer?": "tokenizer",
+    "base?": "model",
+}
+"""Inputs of every training: examples, and a tokenizer for a model from scratch or a base that exists."""
+
 DECLARATION = Declaration(
     name="train.sft",
     version="3",
     makes="model",
-    takes={
-        "data": "dataset",
-        "synthetic?": "dataset",
-        "augmented?": "dataset",
-        "tokenizer?": "tokenizer",
-        "base?": "model",
-    },
+    takes=TAKES,
     extra="train",
     packages=PACKAGES,
     threads=True,
@@ -63,6 +66,7 @@ class Prepared:
     """All that a training needs, checked: data fits the model, tokenizer and model agree.
 
     Attributes:
+        tokenizer: the one in `tokenizer_folder`.
         limit: most tokens of an example.
     """
 
@@ -70,6 +74,7 @@ class Prepared:
     validation: Encoded
     model: Any
     tokenizer_folder: Path
+    tokenizer: Any
     limit: int
 
 
@@ -123,7 +128,7 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     held = encode.read(inputs, (params.validation,)) if params.validation else []
     check_rows(rows, params.files)
     pairs = sum(row.example.rejected is not None for row in rows)
-    if pairs and getattr(params.training, "method", "") not in ("dpo", "orpo"):
+    if pairs and getattr(params.training, "method", "") not in PREFERENCE:
         ctx.progress.log(
             f"{pairs} of {len(rows)} examples have a rejected answer too: only train.method dpo and orpo use it, this step "
             "learns the chosen one"
@@ -155,14 +160,12 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
         raise DataError("all examples were held out for validation", "lower train.holdout or give more examples")
     if params.architecture:
         model = network.build(params.architecture, tokenizer, ctx.seed)
-    return Prepared(data, validation, model, folder, limit)
+    return Prepared(data, validation, model, folder, tokenizer, limit)
 
 
 def counted(ready: Prepared, params: Params) -> str:
     """For the first example, which tokens count in the loss: those of the answer, each shown between bars."""
-    from slmops.train.encode import load_tokenizer
-
-    tokenizer = load_tokenizer(ready.tokenizer_folder)
+    tokenizer = ready.tokenizer
     ids, start = ready.data.ids[0].tolist(), int(ready.data.answer_from[0])
     weight = params.training.prompt_weight
     prompt = tokenizer.decode(ids[:start]).replace("\n", "↵")

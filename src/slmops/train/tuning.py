@@ -127,20 +127,17 @@ def apply(model: Any, training: Training, seed: int) -> Any:
         return get_peft_model(model, config)
 
 
-class _Beside:
-    """Builds the bottleneck module; a class of torch.nn cannot stand in a module that must not import torch."""
+def _beside(hidden: int, width: int, activation: Any) -> Any:
+    """A bottleneck that starts with the output 0."""
+    import torch
 
-    @staticmethod
-    def make(hidden: int, width: int, activation: Any) -> Any:
-        import torch
-
-        module = torch.nn.Module()
-        module.gate_proj = torch.nn.Linear(hidden, width, bias=False)
-        module.up_proj = torch.nn.Linear(hidden, width, bias=False)
-        module.down_proj = torch.nn.Linear(width, hidden, bias=False)
-        module.act = activation
-        torch.nn.init.zeros_(module.down_proj.weight)
-        return module
+    module = torch.nn.Module()
+    module.gate_proj = torch.nn.Linear(hidden, width, bias=False)
+    module.up_proj = torch.nn.Linear(hidden, width, bias=False)
+    module.down_proj = torch.nn.Linear(width, hidden, bias=False)
+    module.act = activation
+    torch.nn.init.zeros_(module.down_proj.weight)
+    return module
 
 
 def mlps(model: Any) -> Iterator[tuple[str, Any]]:
@@ -168,7 +165,7 @@ def _widen(model: Any, width: int) -> None:
     spread = float(getattr(model.config, "initializer_range", 0.02))
     for _name, mlp in mlps(model):
         activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
-        beside = _Beside.make(mlp.down_proj.out_features, width, activation)
+        beside = _beside(mlp.down_proj.out_features, width, activation)
         for matrix in (beside.gate_proj, beside.up_proj):
             torch.nn.init.normal_(matrix.weight, std=spread)
         mlp.beside = beside.to(mlp.down_proj.weight.device)
