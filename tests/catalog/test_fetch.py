@@ -13,7 +13,7 @@ import pytest
 from slmops.catalog import fetch
 from slmops.core.method import Context
 from slmops.engines.minimal import write_minimal
-from slmops.errors import ModelError
+from slmops.errors import ConversionError, ModelError
 from tests.hub_stand_in import COMMIT, Hub, client
 
 CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"]}).encode()
@@ -35,6 +35,37 @@ def take(source: Path, out: Path, tmp_path: Path) -> dict[str, Any]:
     out.mkdir()
     context = Context(seed=0, scratch=tmp_path / "scratch", shared=tmp_path / "shared")
     return fetch.run(fetch.Params(model=source.name), {"model": source}, out, context)
+
+
+CONVERTIBLE = {
+    "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["GPT2LMHeadModel", "GPT2ForCausalLM"]}, "architecture GPT2LMHeadModel cannot be converted"),
+        ({"quantization_config": {"bits": 4}}, "quantised already"),
+        ({"max_position_embeddings": None}, "no max_position_embeddings"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"hidden_size": 80}, "heads of size 40 do not run"),
+        ({"head_dim": 24}, "heads of size 24 do not run"),
+    ],
+)
+def test_what_the_runtime_cannot_take_is_refused_here(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """Not after the training that follows."""
+    for name, config in (("good", CONVERTIBLE), ("bad", CONVERTIBLE | change)):
+        source = fill(tmp_path / name, SPLIT | {"config.json": json.dumps(config).encode()})
+        (tmp_path / f"out-{name}").mkdir()
+        context = Context(seed=0, scratch=tmp_path / "scratch", shared=tmp_path / "shared")
+        params = fetch.Params(model=name, runtime="onnx_genai")
+        if name == "good":
+            fetch.run(params, {"model": source}, tmp_path / "out-good", context)
+        else:
+            with pytest.raises(ConversionError, match=says):
+                fetch.run(params, {"model": source}, tmp_path / "out-bad", context)
+            fetch.run(fetch.Params(model=name), {"model": source}, tmp_path / "out-bad", context)
 
 
 def fill(folder: Path, files: dict[str, bytes]) -> Path:

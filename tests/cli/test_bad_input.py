@@ -87,6 +87,7 @@ BAD_SPECS = [
         "{metric: accuracy, at_least: 0.05}"),
     Bad("gate on what is not there", "out_of_scope_recall", ("task.out_of_scope", "is missing"), 2, "accuracy"),
     Bad("heads", "hidden: 33", ("must be a multiple of heads",), 10, "hidden: 32"),
+    Bad("head size", "hidden: 48", ("student.model.heads", "heads of size 24", "give heads 1 or 3"), 10, "hidden: 32"),
     Bad("infinite", "{epochs: .inf", ("train.epochs", "finite"), 7, "{epochs: 8"),
     Bad("not a plain value", "name: !!python/object tiny", ("name",), 1, "name: tiny"),
     Bad("half a surrogate pair", 'licence: "\\ud800"\nseed: 1\ndata:', ("licence", "surrogate"), 3, "data:"),

@@ -91,7 +91,7 @@ def test_each_mistake_is_named_at_its_line(tmp_path: Path, key: str, given: str,
         ),
         (parameter("train", "{choices: [{epochs: 1}]}") + "    train.epochs: {low: 1, high: 2}\n", "searched too"),
         (
-            parameter("student.model.hidden", "{choices: [32, 48]}") + "    student.model.heads: {choices: [2, 3]}\n",
+            parameter("student.model.hidden", "{choices: [32, 96]}") + "    student.model.heads: {choices: [2, 3]}\n",
             "search.parameters: student.model.heads: 3, student.model.hidden: 32: student.model: hidden (32) must be",
         ),
         (

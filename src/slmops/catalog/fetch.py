@@ -11,10 +11,11 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-from slmops.core import method
+from slmops.core import method, runtimes
 from slmops.core.method import Context, Declaration, Facts
-from slmops.errors import MissingExtraError, ModelError
+from slmops.errors import ConversionError, MissingExtraError, ModelError
 
 DECLARATION = Declaration(name="catalog.fetch", version="1", makes="model", takes={"model?": "folder"})
 
@@ -22,9 +23,10 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"
 
 
 class Params(method.Params):
-    """`model`: the folder's name, or `hf:ORG/NAME[@REVISION]`."""
+    """`model`: the folder's name, or `hf:ORG/NAME[@REVISION]`; `runtime`: what it is converted for later, if anything."""
 
     model: str
+    runtime: Literal["onnx_genai"] | None = None
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -32,6 +34,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 
     Raises:
         ModelError: not there, no safetensors, no tokenizer, or the hub cannot be reached.
+        ConversionError: the runtime cannot take it.
     """
     if "model" in inputs:
         source = inputs["model"]
@@ -39,14 +42,18 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             raise ModelError(f"{source} is not a folder", "give the folder that holds config.json")
     else:
         source = _download(params.model, ctx)
-    _check(source, params.model)
+    config = _check(source, params.model)
+    refusal = runtimes.onnx_genai(config) if params.runtime else None
+    if refusal:
+        raise ConversionError(f"{params.model}: {refusal.message}", refusal.hint)
     taken = sorted({path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})
     for path in taken:
         shutil.copyfile(path.resolve(), out / path.name)
     return {"model": params.model, "files": len(taken), "bytes": sum(path.stat().st_size for path in out.iterdir())}
 
 
-def _check(source: Path, name: str) -> None:
+def _check(source: Path, name: str) -> dict[str, Any]:
+    """Its configuration."""
     config = source / "config.json"
     if not config.is_file():
         raise ModelError(f"{name}: there is no config.json in it", "give a model in Hugging Face form")
@@ -68,6 +75,7 @@ def _check(source: Path, name: str) -> None:
         raise ModelError(f"{name}: {', '.join(missing[:3])} of its weights missing", "fetch the model again")
     if not (source / "tokenizer.json").is_file():
         raise ModelError(f"{name}: there is no tokenizer.json in it", "save the tokenizer beside the model")
+    return value
 
 
 def _check_weights(names: Sequence[str], name: str) -> None:

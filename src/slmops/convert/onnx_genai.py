@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from slmops.core import runtimes
 from slmops.core.engine import Engine, Sampling
 from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
@@ -38,7 +39,6 @@ DECLARATION = Declaration(
     packages=("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers"),
 )
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 BITS: dict[str, int | None] = {"fp32": None, "int8": 8, "int4": 4}
 ACCURACY_LEVEL = 4
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -66,14 +66,9 @@ def supported(config: Mapping[str, Any]) -> None:
     Raises:
         ConversionError: the architecture, or something about it, cannot be converted.
     """
-    names = config.get("architectures") or ["(none)"]
-    known = ", ".join(a.removesuffix("ForCausalLM") for a in ARCHITECTURES)
-    if names[0] not in ARCHITECTURES:
-        raise ConversionError(f"architecture {names[0]} cannot be converted to ONNX", f"these can: {known}")
-    if config.get("quantization_config"):
-        raise ConversionError("the model is quantised already", "give the model in full precision")
-    if not config.get("max_position_embeddings"):
-        raise ConversionError("config.json has no max_position_embeddings", "say how many tokens the context holds")
+    refusal = runtimes.onnx_genai(config)
+    if refusal:
+        raise ConversionError(*refusal)
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:

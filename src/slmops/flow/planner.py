@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from slmops.core import runtimes
 from slmops.core.spec import FROM_TEACHER, PREFERENCE, Architecture, Columns, Data, Spec, Task, TokenizerSpec, Training
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
@@ -47,6 +48,10 @@ def check(spec: Spec) -> list[Problem]:
         problems.append(Problem(message, hint, path=path))
 
     teacher, student = spec.teacher, spec.student
+    for path, model in (("teacher.model", teacher and teacher.model), ("student.model", student.model)):
+        refusal = model and runtimes.head_size(model.hidden, model.heads)
+        if refusal:
+            wrong(f"{path}.heads", *refusal)
     if spec.data.path.strip() in ("", ".", "./"):
         wrong("data.path", "names no data", "give a file, a folder of its own, or hf:ORG/NAME")
     if student.model is None and student.base is None:
@@ -237,9 +242,9 @@ class _Builder:
             params["needs_pairs"] = True
         return self.add(id, "data.prepare", params, about, sources=sources, threads=1, seed=0)
 
-    def _fetch(self, id: str, base: str) -> str:
+    def _fetch(self, id: str, base: str, runtime: str | None = "onnx_genai") -> str:
         local = not _is_hub(base)
-        params = {"model": PurePosixPath(base).name if local else base}
+        params = {"model": PurePosixPath(base).name if local else base, "runtime": runtime}
         about = "check the model folder" if local else f"get {base[3:]}"
         return self.add(id, "catalog.fetch", params, about, sources={"model": base} if local else {}, threads=1)
 
@@ -278,7 +283,7 @@ class _Builder:
                 self._train_teacher(id, other.model, other.train, seed)
             else:
                 assert other.base is not None
-                self._fetch(id, other.base)
+                self._fetch(id, other.base, runtime=None)  # never converted: it only answers
             self.others[id] = other.weight
 
     def augmented(
