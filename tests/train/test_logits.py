@@ -43,6 +43,26 @@ def cached(request: pytest.FixtureRequest, data: Path, teacher: Path, tmp_path_f
     return out
 
 
+def test_a_pass_in_bf16_says_nearly_the_same(data: Path, teacher: Path, tmp_path: Path) -> None:
+    """Its distributions differ by far less than a draw of 12 tokens does; a small teacher has fp32 unless told."""
+    from safetensors.torch import load_file
+
+    kept = {}
+    for precision in ("auto", "fp32", "bf16"):
+        p = cache_logits.Params(files=FILES, selection="top_k", precision=precision)  # type: ignore[arg-type]
+        facts = cache_logits.run(
+            p, {"data": data, "teacher": teacher}, fresh(tmp_path / precision), context(tmp_path / f"{precision}.work")
+        )
+        kept[precision] = load_file(tmp_path / precision / "distributions.safetensors")
+        assert facts["precision"] == ("bf16" if precision == "bf16" else "fp32")
+    for name, tensor in kept["fp32"].items():
+        assert torch.equal(tensor, kept["auto"][name])
+    # (P, 12) probabilities, most likely first
+    exact, rough = (kept[name]["weights"].float().reshape(-1, 12) for name in ("fp32", "bf16"))
+    assert not torch.equal(exact, rough)
+    assert (exact - rough).abs().max() < 0.02
+
+
 def cache_of(z: torch.Tensor, samples: int, selection: str, temperature: float) -> logits.Cache:
     counts, ids, weights, entropy = cache_logits.draw(
         z, samples, selection, temperature, torch.Generator().manual_seed(5)

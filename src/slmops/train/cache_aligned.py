@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
@@ -22,7 +22,7 @@ BATCH = 64
 
 DECLARATION = Declaration(
     name="train.cache_aligned",
-    version="1",
+    version="2",
     makes="logits",
     takes={"teacher": "model"} | TAKES,
     extra="train",
@@ -32,11 +32,15 @@ DECLARATION = Declaration(
 
 
 class Params(Base):
-    """What is kept: `files` as the student's training has them, and `ranks` probabilities of each place."""
+    """What is kept: `files` as the student's training has them, and `ranks` probabilities of each place.
+
+    `precision` as in `train.cache_logits`.
+    """
 
     files: tuple[str, ...]
     ranks: Positive = 32
     max_length: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def cuts(offsets: Sequence[tuple[int, int]]) -> list[int | None]:
@@ -78,6 +82,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     from slmops.train import encode, network
     from slmops.train.batches import collate
     from slmops.train.loop import deterministic
+    from slmops.train.objective import to_device
 
     rows = encode.read(inputs, params.files)
     check_rows(rows, params.files)
@@ -88,7 +93,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             raise TrainingError(
                 f"the {who}'s tokenizer does not tell where its tokens stand in the text", "it needs a tokenizer.json"
             )
-    net = network.Network(network.load(inputs["teacher"]))
+    net = network.frozen(inputs["teacher"], params.precision)
     context = network.context_of(net.model)
     data = encode.encode(rows, teacher, min(context, params.max_length or context))
     answers = [row.example.answer or "" for row in rows]
@@ -102,7 +107,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
             part = collate(data, batch, 0.0, "bucket")
-            logits = net.logits(net.weights, part)
+            logits = net.logits(net.weights, to_device(part, net.device)).cpu()
             logp = -torch.nn.functional.cross_entropy(logits, part.targets, reduction="none")
             top = torch.softmax(logits, -1).topk(min(params.ranks, logits.shape[1]), -1).values
             at = 0

@@ -40,7 +40,7 @@ SHARD = 32  # batches between two saved pieces: what a kill can cost
 
 DECLARATION = Declaration(
     name="train.cache_logits",
-    version="2",
+    version="3",
     makes="logits",
     takes={
         "teacher": "model",
@@ -66,6 +66,8 @@ class Params(Base):
         temperature: of the teacher's distribution; the student must use the same.
         max_length: tokens an example may have; default: the teacher's context.
         weights: of further teachers by name; `teacher` has weight 1.
+        precision: of the teachers' pass; `auto` takes bf16 for a teacher above 8 M parameters where the machine
+            multiplies it in hardware. What comes out is float32.
     """
 
     files: tuple[str, ...]
@@ -74,6 +76,7 @@ class Params(Base):
     temperature: float = 1.0
     max_length: Positive | None = None
     weights: dict[str, float] = Field(default_factory=dict)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def folder_digest(folder: Path) -> str:
@@ -153,11 +156,14 @@ def teacher_pass(
     from slmops.train.batches import collate
     from slmops.train.checkpoint import write
     from slmops.train.loop import deterministic, digest_weights
+    from slmops.train.objective import to_device
 
     order = np.argsort(data.lengths, kind="stable")
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     who = [digest_weights(network.weights) for network, _ in networks]
-    mark = digest_json([data.digest(), who, params.model_dump(mode="json"), ctx.seed, ctx.threads, torch.__version__])
+    places = [[network.device, network.bf16] for network, _ in networks]
+    settings = params.model_dump(mode="json")
+    mark = digest_json([data.digest(), who, places, settings, ctx.seed, ctx.threads, torch.__version__])
     found: dict[int, dict[str, torch.Tensor]] = {}
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     ctx.progress.start("teacher's distributions", len(order), "examples")
@@ -171,7 +177,7 @@ def teacher_pass(
                 piece = {}
                 for number, batch in enumerate(batches[first : first + SHARD], first):
                     part = collate(data, batch, 0.0, "bucket")
-                    every = [network.logits(network.weights, part) for network, _ in networks]
+                    every = [n.logits(n.weights, to_device(part, n.device)).cpu() for n, _ in networks]
                     shares = [share for _, share in networks]
                     logits = mixture(every, shares, 1.0) if len(every) > 1 else every[0]
                     generator = torch.Generator().manual_seed((ctx.seed * 1_000_003 + number) % (1 << 62))
@@ -303,7 +309,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
                 f"{name} has another tokenizer than the first teacher",
                 "the mean of distributions needs the same tokens",
             )
-        teachers.append((network.Network(network.load(inputs[name])), weight / sum(weights)))
+        teachers.append((network.frozen(inputs[name], params.precision), weight / sum(weights)))
     net = teachers[0][0]
     for (other, _), name in zip(teachers[1:], names, strict=True):
         if other.vocabulary != net.vocabulary:
@@ -332,4 +338,4 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     check = self_check(data, kept, params, net.vocabulary, share, size)
     (out / "self_check.json").write_text(json.dumps(check, sort_keys=True, indent=1) + "\n", "utf-8")
     say(check, ctx)
-    return check
+    return check | {"precision": "bf16" if net.bf16 else "fp32"}

@@ -220,7 +220,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     def objective(ready: Prepared, net: Network) -> Objective:
         from slmops.train.teachers import scoring
 
-        teacher, mark = scoring(inputs["teacher"], ready, net)
+        teacher, mark = scoring(inputs["teacher"], ready, net, "bf16" if net.bf16 else "fp32")
         for network, who in ((net, "student"), (teacher, "teacher")):
             if network.path == "whole" or not hasattr(network.model.base_model, "layers"):
                 raise TrainingError(

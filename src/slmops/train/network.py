@@ -111,6 +111,18 @@ def precision_for(wanted: str, parameters: int, device: str) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
+def frozen(folder: Path, precision: str) -> Network:
+    """A model that only answers, on the GPU where there is one; `precision` as in `precision_for`."""
+    import torch
+
+    model = load(folder)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count = sum(weight.numel() for weight in model.parameters())
+    return Network(model, device, precision_for(precision, count, device) == "bf16")
+
+
 class Network:
     """A model with its weights by name (tied ones once).
 

@@ -220,7 +220,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     def objective(ready: Prepared, net: Network) -> Objective:
         from slmops.train.teachers import scoring
 
-        teacher, mark = scoring(inputs["teacher"], ready, net)
+        teacher, mark = scoring(inputs["teacher"], ready, net, params.training.precision)
         loss = on_logits(cross_entropy(params.training))
         plain = Supervised(ready.data, ready.validation, params.training, loss)
         end = int(ready.tokenizer.eos_token_id)

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from slmops.train.sft import Prepared
 
 
-def scoring(folder: Path, ready: Prepared, student: Network) -> tuple[Network, str]:
+def scoring(folder: Path, ready: Prepared, student: Network, precision: str) -> tuple[Network, str]:
     """A frozen teacher that sees the student's token ids, and the digest of its files.
+
+    Args:
+        precision: of its forward pass, as in `network.precision_for`.
 
     Raises:
         TrainingError: its tokenizer or its number of tokens is another, or its context is shorter than the examples.
@@ -28,19 +31,16 @@ def scoring(folder: Path, ready: Prepared, student: Network) -> tuple[Network, s
             f"student and teacher have different tokenizers ({share:.1%} of the vocabulary agrees)",
             "set student.tokenizer: teacher, or train.method: cross_tokenizer",
         )
-    model = network.load(folder)
-    for weight in model.parameters():
-        weight.requires_grad_(False)
-    teacher = network.Network(model, student.device, student.bf16)
+    teacher = network.frozen(folder, precision)
     if teacher.vocabulary != student.vocabulary:
         raise TrainingError(
             f"the teacher has {teacher.vocabulary} tokens, the student {student.vocabulary}",
             "use a student with the teacher's vocabulary, or train.method: sequence",
         )
     longest = int(ready.data.lengths.max())
-    if network.context_of(model) < longest:
+    if network.context_of(teacher.model) < longest:
         raise TrainingError(
-            f"an example has {longest} tokens, the teacher sees only {network.context_of(model)}",
+            f"an example has {longest} tokens, the teacher sees only {network.context_of(teacher.model)}",
             "set train.max_length to the teacher's context, or shorten the examples",
         )
     return teacher, folder_digest(folder)

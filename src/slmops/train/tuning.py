@@ -14,7 +14,10 @@ logits of the tuned one (qlora: of the tuned one over the unrounded base).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +31,15 @@ if TYPE_CHECKING:
     import torch
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from users that bitsandbytes found no optional kernels, and that peft reads what transformers has renamed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def load_4bit(folder: Path) -> Any:
     """A model whose linear layers are held in 4 bits (NF4), quantised layer by layer while it is read.
 
@@ -35,14 +47,12 @@ def load_4bit(folder: Path) -> Any:
         MissingExtraError: bitsandbytes is not installed.
         ModelError: the model cannot be loaded.
     """
-    import logging
-
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels and says so
     try:
-        import bitsandbytes  # noqa: F401
+        with _quiet():
+            import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("bitsandbytes", "qlora") from error
     config = BitsAndBytesConfig(
@@ -115,7 +125,8 @@ def apply(model: Any, training: Training, seed: int) -> Any:
             _widen(model, training.adapter_width)
             return model
         try:
-            from peft import LoraConfig, get_peft_model
+            with _quiet():
+                from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise MissingExtraError("peft", "train") from error
         lora = training.lora
@@ -124,7 +135,8 @@ def apply(model: Any, training: Training, seed: int) -> Any:
             r=lora.rank, lora_alpha=lora.strength, lora_dropout=lora.dropout, target_modules=list(targets),
             use_rslora=training.tuning == "rslora", use_dora=training.tuning == "dora", bias="none", task_type="CAUSAL_LM",
         )  # fmt: skip
-        return get_peft_model(model, config)
+        with _quiet():
+            return get_peft_model(model, config)
 
 
 def _beside(hidden: int, width: int, activation: Any) -> Any:
@@ -217,10 +229,12 @@ def merged(folder: Path, base: Path) -> Any:
     model = load(base)
     if (folder / "adapter.safetensors").exists():
         return _wider(model, folder / "adapter.safetensors")
-    from peft import PeftModel
+    with _quiet():
+        from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        with _quiet():
+            return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: not an adapter of this base: {str(error).splitlines()[0]}") from error
 
