@@ -128,6 +128,16 @@ def test_the_report_holds_what_it_promises(finished: Finished) -> None:
     assert "tiny" in page and 'src="http' not in page and "cdn" not in page
 
 
+def test_the_student_is_there_for_transformers(finished: Finished) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished.outputs / "student"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    again = slmops("run", "student", file=finished.folder)
+    assert str(folder) in again.out and "student" in again.out
+
+
 def test_a_gate_decides_the_exit_code(copy: Path) -> None:
     score = read_report(copy).gates[0]
     assert score.low is not None and score.value is not None and score.low < score.value < 1.01

@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
             "headline": report["headline"] if report else None,
             "files": {name: str(path) for name, path in made.items()},
         })  # fmt: skip
-    elif report:
+    else:
         _print_end(report, made)
     return CODES[verdict]
 
@@ -114,21 +114,21 @@ def _run(state: State, steps: Sequence[Step], options: Options, address: str | N
         return run_plan(state, steps, open_executor(state.root, address), terminal.watcher(), options)
 
 
-def _print_end(report: dict[str, Any], made: dict[str, Path]) -> None:
-    from slmops.evaluate.text import render_text
+def _print_end(report: dict[str, Any] | None, made: dict[str, Path]) -> None:
+    rows = []
+    if report:
+        from slmops.evaluate.text import render_text
 
-    print(render_text(report))
-    rows = [["report", str(made["report.html"])]]
-    if "bundle" in made:
-        rows.append(
-            [
-                "bundle",
-                f"{made['bundle']} ({size(sum(p.stat().st_size for p in made['bundle'].rglob('*') if p.is_file()))})",
-            ]
-        )
+        print(render_text(report))
+        rows.append(["report", str(made["report.html"])])
+    for name in ("bundle", "student"):
+        if name in made:
+            held = size(sum(p.stat().st_size for p in made[name].rglob("*") if p.is_file()))
+            rows.append([name, f"{made[name]} ({held})"])
     if "adapters.json" in made:
         rows += [["adapters", str(made["adapters"])], *_adapter_rows(made["adapters.json"])]
-    print("\n".join(columns(rows)))
+    if rows:
+        print("\n".join(columns(rows)))
 
 
 def _adapter_rows(file: Path) -> list[list[str]]:

@@ -259,11 +259,11 @@ class _Run:
 
 
 def export(state: State, result: Result) -> dict[str, Path]:
-    """Copy what users look for (bundle, report, adapters) from the store to the project's outputs folder.
+    """Copy what users look for (student, bundle, report, adapters) from the store to the project's outputs folder.
 
     Returns:
-        name to path: `bundle` and `adapters` (folders), `report.html`, `report.json`, `adapters.json` (scores), as far as
-        the plan made them.
+        name to path: `student` (a folder for transformers), `bundle` and `adapters` (folders), `report.html`,
+        `report.json`, `adapters.json` (scores), as far as the plan made them.
     """
     out = state.project.outputs
     made: dict[str, Path] = {}
@@ -274,7 +274,7 @@ def export(state: State, result: Result) -> dict[str, Path]:
     if "adapters" in result.outputs:
         scores = state.store.path(result.outputs["adapters"]) / "adapters.json"
         made["adapters.json"] = _copy(scores, out / "adapters.json")
-    for name, step in (("bundle", "bundle"), ("adapters", "student-adapters")):
+    for name, step in (("student", "student"), ("bundle", "bundle"), ("adapters", "student-adapters")):
         if step in result.outputs:
             made[name] = _copy_folder(state.store.path(result.outputs[step]), out / name, result.outputs[step])
     return made
