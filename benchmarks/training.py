@@ -41,26 +41,55 @@ VOCABULARY, BATCH, VALIDATION, LONGEST = 2048, 64, 256, 256
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison: `student` learns `examples` for `epochs`; with a `teacher` from its distributions alone."""
+    """A comparison: `student` learns `examples` for `epochs`; with a `teacher` from its distributions alone.
+
+    Attributes:
+        method: sft, logits, on_policy, dpo, orpo.
+        tuning: full, lora, dora, qlora.
+        taught: the student is not fresh: it learned the teachers' examples first.
+        rate: learning rate; None: the default of sft.
+    """
 
     name: str
     student: str
     examples: int
     epochs: int
     teacher: str | None = None
+    method: str = "sft"
+    tuning: str = "full"
+    taught: bool = False
+    rate: float | None = None
+
+    @property
+    def start(self) -> str:
+        """The folder of its first weights."""
+        return f"{'taught' if self.taught else 'student'}-{self.student}"
+
+
+def tuned(count: int, epochs: int) -> tuple[Case, ...]:
+    """The tunings and the other methods, from a model that knows something already."""
+    return (
+        *(Case(f"{t} 5M", "5M", count, epochs, tuning=t, taught=True) for t in ("lora", "dora", "qlora")),
+        Case("on_policy 5M to 0.7M", "0.7M", count, epochs, "5M", "on_policy", taught=True, rate=5e-4),
+        Case("dpo 5M", "5M", count, epochs, method="dpo", taught=True, rate=1e-4),
+        Case("orpo 5M", "5M", count, epochs, method="orpo", taught=True, rate=1e-4),
+    )
 
 
 FULL = (
     Case("sft 0.7M", "0.7M", 2048, 3),
     Case("sft 5M", "5M", 512, 2),
-    Case("logits 5M to 0.7M", "0.7M", 512, 5, "5M"),
+    Case("logits 5M to 0.7M", "0.7M", 512, 5, "5M", "logits"),
+    *tuned(512, 2),
 )
-LARGE = (Case("logits 11M to 0.7M", "0.7M", 512, 5, "11M"),)  # with `--large`: its teacher alone takes minutes
+LARGE = (Case("logits 11M to 0.7M", "0.7M", 512, 5, "11M", "logits"),)  # with `--large`: its teacher takes minutes
 QUICK = (
     Case("sft 0.7M", "0.7M", 512, 3),
     Case("sft 5M", "5M", 256, 1),
-    Case("logits 5M to 0.7M", "0.7M", 256, 5, "5M"),
+    Case("logits 5M to 0.7M", "0.7M", 256, 5, "5M", "logits"),
+    *tuned(256, 1),
 )
+RANK, NEW_TOKENS = 16, 64
 SAME = Case("one batch", "0.7M", BATCH, 20)  # one batch an epoch: the order of the data cannot matter
 TEACHER = {False: (1024, 3), True: (512, 1)}  # examples and epochs of the teachers, by `--quick`
 
@@ -103,6 +132,9 @@ def make_inputs(job: Job, cases: list[Case], quick: bool) -> None:
     write("validation.jsonl", rows[-VALIDATION:])
     for count in {case.examples for case in cases}:
         write(f"train-{count}.jsonl", rows[:count])
+        write(
+            f"pairs-{count}.jsonl", [row | {"rejected": other(rows, place)} for place, row in enumerate(rows[:count])]
+        )
     write("teacher.jsonl", rows[:taught])
     ctx = context(job)
     (folder / "tokenizer").mkdir()
@@ -111,8 +143,9 @@ def make_inputs(job: Job, cases: list[Case], quick: bool) -> None:
     for size in {case.student for case in cases}:
         out = folder / f"student-{size}"
         network.save(network.build(Architecture(**SHAPES[size]), words, job.seed), folder / "tokenizer", out)
-    for size in sorted({case.teacher for case in cases if case.teacher}):
-        out = folder / f"teacher-{size}"
+    taught_sizes = {f"teacher-{case.teacher}" for case in cases if case.teacher}
+    for name in sorted(taught_sizes | {case.start for case in cases if case.taught}):
+        size, out = name.partition("-")[2], folder / name
         out.mkdir()
         shutil.rmtree(ctx.scratch, ignore_errors=True)
         training = Training(
@@ -121,6 +154,13 @@ def make_inputs(job: Job, cases: list[Case], quick: bool) -> None:
         params = sft.Params(training=training, architecture=Architecture(**SHAPES[size]), files=("data/teacher.jsonl",))
         sft.run(params, {"data": data, "tokenizer": folder / "tokenizer"}, out, ctx)
     shutil.rmtree(ctx.scratch, ignore_errors=True)
+
+
+def other(rows: list[dict[str, Any]], place: int) -> str:
+    """The answer of the next example that has another one: what the pairs reject."""
+    own = rows[place]["messages"][-1]["content"]
+    texts = (rows[(place + n) % len(rows)]["messages"][-1]["content"] for n in range(1, len(rows)))
+    return next(text for text in texts if text != own)
 
 
 def context(job: Job) -> Any:
@@ -139,26 +179,39 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
     import torch  # noqa: F401
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (loaded before the clock starts, as for TRL)
 
-    from slmops.core.spec import Train
-    from slmops.train import batches, cache_logits, encode, logits, loop, network, sft  # noqa: F401
+    from slmops.core.spec import Lora, OnPolicy, Train
+    from slmops.train import batches, cache_logits, dpo, encode, logits, loop, network, on_policy, orpo, sft  # noqa: F401
 
     imported = peak_mb()
     folder, case, ctx = Path(job.inputs), job.case, context(job)
     begun, cpu = time.perf_counter(), time.process_time()
     common: dict[str, Any] = {
         "epochs": case.epochs, "batch_size": BATCH, "precision": job.precision, "holdout": 0.0, "evaluations": 1,
+        "tuning": case.tuning, "lora": Lora(rank=RANK),
     }  # fmt: skip
-    files = (f"data/train-{case.examples}.jsonl",)
-    inputs = {"data": folder / "data", "base": folder / f"student-{case.student}"}
+    if case.rate:
+        common["learning_rate"] = case.rate
+    kind = "pairs" if case.method in ("dpo", "orpo") else "train"
+    files = (f"data/{kind}-{case.examples}.jsonl",)
+    inputs = {"data": folder / "data", "base": folder / case.start}
     cached = 0.0
-    if case.teacher:
+    if case.method == "logits":
         training = Train(method="logits", logit_weight=1.0, temperature=1.0, **common)
         cache = out.with_suffix(".cache")
         cache.mkdir()
-        kept = cache_logits.Params(files=files, samples=training.logit_samples)
+        kept = cache_logits.Params(files=files, samples=training.logit_samples, precision=training.precision)
         cache_logits.run(kept, {"data": folder / "data", "teacher": folder / f"teacher-{case.teacher}"}, cache, ctx)
         cached = time.perf_counter() - begun
         facts = logits.run(logits.Params(training=training, files=files), {**inputs, "logits": cache}, out, ctx)
+    elif case.method == "on_policy":
+        writing = OnPolicy(share=1.0, beta=0.5, refresh=1, max_new_tokens=NEW_TOKENS)
+        training = Train(method="on_policy", on_policy=writing, **common)
+        taught = inputs | {"teacher": folder / f"teacher-{case.teacher}"}
+        facts = on_policy.run(on_policy.Params(training=training, files=files), taught, out, ctx)
+    elif case.method == "dpo":
+        facts = dpo.run(dpo.Params(training=Train(method="dpo", **common), files=files), inputs, out, ctx)
+    elif case.method == "orpo":
+        facts = orpo.run(orpo.Params(training=Train(method="orpo", **common), files=files), inputs, out, ctx)
     else:
         facts = sft.run(sft.Params(training=Train(**common), files=files), inputs, out, ctx)
     whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
@@ -166,29 +219,34 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
         "train_s": facts["seconds"], "cache_s": cached, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
         "imports_mb": imported, "steps": facts["steps"],
     }  # fmt: skip
+    if case.method in ("on_policy", "dpo", "orpo"):
+        return {**measured, "tokens": ""}
     data = encode.encode(encode.read(inputs, files), encode.load_tokenizer(inputs["base"]), LONGEST)
     pairs = zip(data.ids, data.answer_tokens.tolist(), strict=True)
     return {**measured, "tokens": fingerprint((ids.tolist(), count) for ids, count in pairs)}
 
 
 def train_trl(job: Job, out: Path) -> dict[str, Any]:
-    """SFTTrainer, or GKDTrainer with lmbda 0 (the given answers) and beta 0 (KL from teacher to student).
+    """The trainer of TRL that README.md names for the case.
 
     For the system `trainer`: the plain Trainer of transformers, on the same ids.
     """
     import torch
     from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig, PeftModel
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import (  # noqa: F401
         AutoModelForCausalLM,
         AutoTokenizer,
+        BitsAndBytesConfig,
         LlamaForCausalLM,
         Trainer,
         TrainerCallback,
         TrainingArguments,
     )
-    from trl import SFTConfig, SFTTrainer
+    from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from slmops.core.spec import Training
@@ -210,12 +268,13 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     folder, case = Path(job.inputs), job.case
     ours = Training(epochs=case.epochs, batch_size=BATCH)
+    ours = ours.model_copy(update={"learning_rate": case.rate or ours.learning_rate})
     begun, cpu = time.perf_counter(), time.process_time()
-    student = folder / f"student-{case.student}"
+    student = folder / case.start
     tokenizer = AutoTokenizer.from_pretrained(student)
 
-    def load(path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    def load(path: Path, **more: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", **more)
 
     settings: dict[str, Any] = {
         "output_dir": str(out.with_suffix(".trl")), "num_train_epochs": case.epochs, "seed": job.seed,
@@ -226,17 +285,53 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
         "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
         "disable_tqdm": True,
     }  # fmt: skip
-    rows = [json.loads(line) for line in (folder / "data" / f"train-{case.examples}.jsonl").open(encoding="utf-8")]
+    kind = "pairs" if case.method in ("dpo", "orpo") else "train"
+    rows = [json.loads(line) for line in (folder / "data" / f"{kind}-{case.examples}.jsonl").open(encoding="utf-8")]
     clock = Clock()
-    common: dict[str, Any] = {"model": load(student), "processing_class": tokenizer, "callbacks": [clock]}
+    common: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [clock]}
+    if case.tuning == "qlora":
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        common["model"] = load(student, quantization_config=four, device_map={"": "cpu"})
+    else:
+        common["model"] = load(student)
+    if case.tuning != "full":
+        common["peft_config"] = LoraConfig(
+            r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, use_dora=case.tuning == "dora", task_type="CAUSAL_LM",
+            target_modules="all-linear",
+        )  # fmt: skip
     trainer: Any
-    if case.teacher:
+    if case.method == "logits":
         # GKDTrainer renders and tokenises each batch in every epoch unless the ids are there: so they are.
         trainer = GKDTrainer(
             teacher_model=load(folder / f"teacher-{case.teacher}"),
             args=GKDConfig(**settings, max_length=LONGEST, lmbda=0.0, beta=0.0, temperature=1.0),
             train_dataset=Dataset.from_list(tokenise(rows, tokenizer)),
             data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            **common,
+        )
+    elif case.method == "on_policy":
+        del settings["train_sampling_strategy"]
+        trainer = DistillationTrainer(
+            teacher_model=load(folder / f"teacher-{case.teacher}"),
+            args=DistillationConfig(**settings, max_completion_length=NEW_TOKENS, beta=0.5, temperature=1.0),
+            train_dataset=Dataset.from_list([{"prompt": row["messages"][:-1]} for row in rows]),
+            **common,
+        )
+    elif case.method in ("dpo", "orpo"):
+        del settings["train_sampling_strategy"]
+        pairs = [
+            {
+                "prompt": row["messages"][:-1],
+                "chosen": row["messages"][-1:],
+                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+            }
+            for row in rows
+        ]
+        made: Any = (DPOTrainer, DPOConfig) if case.method == "dpo" else (ORPOTrainer, ORPOConfig)
+        more = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": BATCH} if case.method == "dpo" else {}
+        trainer = made[0](
+            args=made[1](**settings, max_length=LONGEST, beta=0.1, **more),
+            train_dataset=Dataset.from_list(pairs),
             **common,
         )
     elif job.system == "trainer":
@@ -257,14 +352,22 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
     trainer.create_optimizer()
     trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: schedule.learning_rate(step) / ours.learning_rate)
     trainer.train()
-    trainer.save_model(str(out))
+    if case.tuning == "full":
+        trainer.save_model(str(out))
+    else:
+        trainer.model.save_pretrained(str(out / "adapter"))
     whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
     measured = {
         "train_s": clock.seconds, "cache_s": 0.0, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
         "imports_mb": imported, "steps": trainer.state.global_step,
     }  # fmt: skip
-    pairs = ((row["input_ids"], sum(label != -100 for label in row["labels"])) for row in trainer.train_dataset)
-    return {**measured, "tokens": fingerprint(pairs)}
+    if case.tuning != "full":
+        merged = PeftModel.from_pretrained(load(student), str(out / "adapter")).merge_and_unload()
+        merged.save_pretrained(str(out))
+    if case.method in ("on_policy", "dpo", "orpo"):  # tokenised on the way: only the steps are compared
+        return {**measured, "tokens": ""}
+    found = ((row["input_ids"], sum(label != -100 for label in row["labels"])) for row in trainer.train_dataset)
+    return {**measured, "tokens": fingerprint(found)}
 
 
 def tokenise(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
@@ -486,7 +589,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     check_same(SAME, same, 1e-3 if options.precision == "fp32" else 3e-2)
     found["same_batches_validation_loss"] = {system: result["loss"] for system, result in same.items()}
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
-        case.name: {system: [] for system in systems if system != "trainer" or not case.teacher} for case in cases
+        case.name: {
+            system: [] for system in systems if system != "trainer" or (case.method, case.tuning) == ("sft", "full")
+        }
+        for case in cases
     }
     for number in range(rounds):
         for case in cases:
