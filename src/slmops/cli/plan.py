@@ -17,8 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan."""
-    from slmops.flow.estimate import Cost, estimate, total
+    """Print the plan; a training that does not fit into memory is an error after it."""
+    from slmops.flow.estimate import Cost, estimate, total, trainings
+    from slmops.flow.memory import require
     from slmops.flow.state import State
 
     project = open_project(options)
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
             for s in survey
         ]  # fmt: skip
         print_json({"name": project.spec.name, "steps": rows, "to_run": len(todo), "estimate": cost.to_json()})
+        require(state, trainings(state, survey))
         return 0
     table = [["step", "", "time", "what"]]
     for status in survey:
@@ -56,4 +58,5 @@ def run(options: argparse.Namespace) -> int:
     for name in cost.downloads:
         if "@" not in name:
             print(f"note: {name} names no revision: what the hub has today is taken and kept; {name}@COMMIT pins it")
+    require(state, trainings(state, survey))
     return 0

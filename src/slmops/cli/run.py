@@ -50,7 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the plan and print the verdict."""
-    from slmops.flow.estimate import estimate, total
+    from slmops.flow.estimate import estimate, total, trainings
+    from slmops.flow.memory import require as require_memory
     from slmops.flow.ray_executor import check_on
     from slmops.flow.runner import Options, Result, export, preflight, selected
     from slmops.flow.state import State
@@ -87,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         cost = total([estimate(state, status, survey) for status in todo])
         preflight(state, survey, int(cost.disk_bytes), options.budget)
+        if not address:  # a cluster has other memory: there each training looks for itself
+            require_memory(state, trainings(state, survey))
         result = _run(state, steps, Options(options.strict, options.budget, options.jobs), address)
         made = export(state, result)
         say(

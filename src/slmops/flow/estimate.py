@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: seconds, disk, memory, downloads.
 
 Training is estimated by `slmops.train.estimate` from parameters and tokens; other steps by what they took on one small
-machine. These are orders of magnitude, shown with `~`, never promises.
+machine. These are orders of magnitude, shown with `~`, never promises; only a training's memory is near (`flow.memory`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slmops.core.spec import Architecture, Training
+from slmops.core.spec import Architecture
+from slmops.flow.memory import plan_of
 from slmops.flow.state import State, Status
 from slmops.store.files import read_json
 from slmops.train.estimate import estimate as training_estimate
-
-VOCABULARY = 2048
-"""Taken for every tokeniser: what a few thousand entries more or less cost is within the guess."""
+from slmops.train.fit import Plan
 
 RUNTIME_BYTES = 700_000_000
 """Resident bytes of Python with torch and transformers loaded."""
@@ -70,21 +69,31 @@ def estimate(state: State, status: Status, survey: Sequence[Status]) -> Cost:
     for value in (step.params.get("model"), (step.params.get("data") or {}).get("path")):
         if isinstance(value, str) and value.startswith("hf:"):
             downloads.append(value)
-    training, architecture = step.params.get("training"), step.params.get("architecture")
-    if not step.method.startswith("train.") or training is None:
+    if not step.method.startswith("train.") or step.params.get("training") is None:
         return Cost(FIXED_SECONDS.get(step.method, 0.0), 1e6, RUNTIME_BYTES, tuple(downloads), bool(downloads))
-    if architecture is None:
+    examples = _examples(state, status, survey)
+    plan = plan_of(state, step, survey, examples)
+    if plan is None:
         return Cost(0.0, 0.0, RUNTIME_BYTES, unknown=True)
-    return _training(
-        Training.model_validate(_only(training), strict=False),
-        Architecture.model_validate(architecture, strict=False),
-        _examples(state, status, survey),
-        state.threads(step),
+    needed = plan.memory().peak
+    if not plan.scratch:
+        return Cost(0.0, 24.0 * plan.shape.parameters, needed, unknown=True)
+    architecture = Architecture.model_validate(step.params["architecture"], strict=False)
+    guess = training_estimate(
+        architecture, plan.shape.vocabulary, plan.training, examples or 1, threads=state.threads(step)
     )
+    disk = guess.disk_bytes + guess.model_bytes
+    return Cost(guess.seconds if examples is not None else 0.0, disk, needed, unknown=examples is None)
 
 
-def _only(training: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in training.items() if name in Training.model_fields}
+def trainings(state: State, survey: Sequence[Status]) -> list[Plan]:
+    """The sizes of the trainings that are to run, as far as known."""
+    plans = (
+        plan_of(state, status.step, survey, _examples(state, status, survey))
+        for status in survey
+        if status.state == "run" and status.step.params.get("training") is not None
+    )
+    return [plan for plan in plans if plan is not None]
 
 
 def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | None:
@@ -106,11 +115,3 @@ def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | N
         augmented = next(s.step for s in survey if s.step.id == status.step.inputs["augmented"])
         found *= 1 + int(augmented.params["augment"]["copies"])
     return found
-
-
-def _training(training: Training, architecture: Architecture, examples: int | None, threads: int) -> Cost:
-    guess = training_estimate(architecture, VOCABULARY, training, examples or 1, threads=threads)
-    disk = guess.disk_bytes + guess.model_bytes
-    if examples is None:
-        return Cost(0.0, disk, guess.memory_bytes, unknown=True)
-    return Cost(guess.seconds, disk, guess.memory_bytes)

@@ -71,12 +71,12 @@ def environment(declaration: Declaration, threads: int) -> dict[str, str]:
     """What of this machine can change the method's result. A package that is missing shows as `absent`."""
     locked = {name: version_of(name) or "absent" for name in declaration.packages}
     if declaration.threads:
-        locked |= {"threads": str(threads), "machine": platform.machine(), "bf16": _bf16()}
+        locked |= {"threads": str(threads), "machine": platform.machine(), "bf16": bf16()}
     return locked
 
 
 @cache
-def _bf16() -> str:
+def bf16() -> str:
     """Whether the processor multiplies bfloat16: `precision: auto` looks at it, and so results depend on it."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()

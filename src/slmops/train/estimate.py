@@ -1,7 +1,7 @@
 """What a training will need, from the project file alone: no torch, no model.
 
-Parameter counts are exact (a test compares them with the instantiated model). Bytes and seconds are guesses for
-`slmops plan`: seconds were fitted on two cores of a server CPU and are off by a factor of two elsewhere.
+Parameter counts are exact (`slmops.train.shape`), memory is near (`slmops.train.memory`). Seconds are guesses for `slmops
+plan`: they were fitted on two cores of a server CPU and are off by a factor of two elsewhere.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import math
 from dataclasses import dataclass
 
 from slmops.core.spec import Architecture, Training
+from slmops.train.memory import Load, computes_in_bf16, memory
+from slmops.train.shape import Shape, ffn_width, parameters
+
+__all__ = ["Estimate", "estimate", "ffn_width", "memory", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Estimate:
     Attributes:
         parameters: weights of the model.
         model_bytes: the model's file in float32.
-        memory_bytes: peak of the training process: weights, gradients, two moments, activations, torch itself.
+        memory_bytes: peak of the training process, Python and its libraries included; see `slmops.train.memory`.
         disk_bytes: checkpoints in scratch.
         steps: optimiser steps if training is not stopped early.
         tokens: tokens seen in those.
@@ -35,22 +39,6 @@ class Estimate:
     seconds: float
 
 
-def ffn_width(architecture: Architecture) -> int:
-    """The feed-forward width: as given, or 8/3 of hidden rounded up to a multiple of 32."""
-    return architecture.ffn or math.ceil(architecture.hidden * 8 / 3 / 32) * 32
-
-
-def parameters(architecture: Architecture, vocabulary: int) -> int:
-    """The exact number of weights of a decoder from scratch."""
-    hidden, head = architecture.hidden, architecture.hidden // architecture.heads
-    shared = (architecture.kv_heads or architecture.heads) * head
-    layer = 2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * ffn_width(architecture) + 2 * hidden
-    if architecture.type == "qwen3":
-        layer += 2 * head
-    tables = vocabulary * hidden * (1 if architecture.tie_embeddings else 2)
-    return tables + architecture.layers * layer + hidden
-
-
 def estimate(
     architecture: Architecture,
     vocabulary: int,
@@ -58,21 +46,23 @@ def estimate(
     examples: int,
     tokens_per_example: float = 24.0,
     threads: int = 2,
+    bf16: bool = False,
 ) -> Estimate:
     """Guess memory, disk and time of a training from scratch.
 
     Args:
         examples: training examples.
         tokens_per_example: mean length of prompt and answer; messages of ten words have about 20.
+        bf16: whether the processor multiplies bfloat16.
     """
     count = parameters(architecture, vocabulary)
     per_epoch = max(1, math.ceil(examples / training.batch_size))
     steps = training.max_steps or max(1, math.ceil(training.epochs * per_epoch))
     tokens = int(steps * min(training.batch_size, max(1, examples)) * tokens_per_example)
-    in_flight = training.batch_size / training.accumulate * tokens_per_example
-    per_token = architecture.layers * (14 * architecture.hidden + 4 * ffn_width(architecture)) * 4
-    memory = 20 * count + int(in_flight * (per_token + 12 * vocabulary)) + 450_000_000
+    shape = Shape.of(architecture, vocabulary)
+    load = Load.guess(training, examples, 0.6 * tokens_per_example, 0.4 * tokens_per_example)
+    needed = memory(shape, training, load, bf16=computes_in_bf16(training, shape, bf16)).peak
     body = count - vocabulary * architecture.hidden * (1 if architecture.tie_embeddings else 2)
     millions = 4.0 + 26.0 * body / 1e6 + 6.0 * architecture.layers  # seconds for a million tokens on two cores
     seconds = tokens / 1e6 * millions * 2 / max(1, min(threads, 16)) + 5
-    return Estimate(count, 4 * count, memory, 20 * count, steps, tokens, round(seconds, 1))
+    return Estimate(count, 4 * count, needed, 20 * count, steps, tokens, round(seconds, 1))

@@ -158,6 +158,7 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     data, validation = encode.encode(rows, tokenizer, limit), encode.encode(held, tokenizer, limit)
     if not len(data.ids):
         raise DataError("all examples were held out for validation", "lower train.holdout or give more examples")
+    require_memory(params, folder, len(tokenizer), data, validation, ctx.seed)
     if params.architecture:
         model = network.build(params.architecture, tokenizer, ctx.seed)
     return Prepared(data, validation, model, folder, tokenizer, limit)
@@ -186,6 +187,36 @@ def supervised(params: Params, ready: Prepared) -> Objective:
 
     loss = on_logits(cross_entropy(params.training))
     return Supervised(ready.data, ready.validation, params.training, loss)
+
+
+def require_memory(
+    params: Params, folder: Path, vocabulary: int, data: Encoded, validation: Encoded, seed: int
+) -> None:  # fmt: skip
+    """Refuse a training that does not fit into what is free, by the tokens that it will really see. Not on a GPU.
+
+    Raises:
+        ResourceError: with what would make it fit.
+    """
+    import torch
+
+    from slmops.train.available import available, resident
+    from slmops.train.fit import Plan
+    from slmops.train.memory import Load
+    from slmops.train.network import precision_for
+    from slmops.train.shape import Shape
+
+    shape = Shape.of(params.architecture, vocabulary) if params.architecture else Shape.of_folder(folder)
+    free = available()
+    if torch.cuda.is_available() or shape is None or free is None:
+        return
+
+    def load(training: Training) -> Load:
+        return Load.of(data.lengths, data.answer_from, training, seed, validation.lengths)
+
+    low = precision_for("auto", shape.parameters, "cpu") == "bf16"
+    distilled = getattr(params.training, "method", "") == "logits"
+    plan = Plan("the model", "", shape, params.training, load, params.architecture is not None, low, distilled)
+    plan.require(free + resident())
 
 
 def learn(

@@ -1,0 +1,137 @@
+"""Whether the trainings of a plan fit into this machine's memory, asked before any of them starts.
+
+Shapes come from the steps themselves, or from the config.json of a model that is there. Lengths of examples come from the data
+step's texts once it has run, and from a usual message before that; a training looks again at its own tokens before it
+builds its model (`slmops.train.sft`). On a machine with a GPU nothing is refused: the weights are not in this memory then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slmops.core.spec import Architecture, TokenizerSpec, Train, Training
+from slmops.core.step import Step
+from slmops.errors import Problem
+from slmops.flow.methods import bf16
+from slmops.flow.state import State, Status
+from slmops.train.available import available
+from slmops.train.fit import Plan
+from slmops.train.memory import Load
+from slmops.train.shape import Shape
+
+CHARACTERS = 3.5
+"""Characters of a token, roughly; marks of the chat template are counted apart."""
+MARKS = 8.0
+USUAL = (16.0, 8.0)
+"""Tokens of prompt and answer of a short message, where no data is there to look at."""
+SAMPLE = 2000
+"""Examples whose lengths are looked at, of each file."""
+
+
+def shape_of(state: State, step: Step, survey: Sequence[Status]) -> Shape | None:
+    """The shape of the model that a step trains; None while nobody knows it."""
+    by_id = {status.step.id: status for status in survey}
+    architecture = step.params.get("architecture")
+    if architecture is not None:
+        tokenizer = by_id.get(step.inputs.get("tokenizer", ""))
+        wanted = tokenizer.step.params.get("vocabulary") if tokenizer else None
+        vocabulary = int(wanted or TokenizerSpec().vocabulary)
+        return Shape.of(Architecture.model_validate(architecture, strict=False), vocabulary)
+    base = by_id.get(step.inputs.get("base", ""))
+    if base is None:
+        return None
+    if base.output is not None:
+        return Shape.of_folder(state.store.path(base.output))
+    source = base.step.sources.get("model")
+    return Shape.of_folder(state.project.resolve(source)) if source else None
+
+
+def lengths(state: State, step: Step, survey: Sequence[Status]) -> tuple[float, float, float] | None:
+    """Tokens of the longest example of a training, of a mean prompt and of a mean answer; None before the data is read."""
+    outputs = {status.step.id: status.output for status in survey}
+    found: list[tuple[float, float]] = []
+    for entry in step.params.get("files", ()):
+        name, _, file = entry.partition("/")
+        output = outputs.get(step.inputs.get(name, ""))
+        path = state.store.path(output) / file if output else None
+        if path is not None and path.is_file():
+            found += _tokens(path)
+    if not found:
+        return None
+    prompts, answers = zip(*found, strict=True)
+    return max(a + b for a, b in found), sum(prompts) / len(found), sum(answers) / len(found)
+
+
+def _tokens(path: Path) -> list[tuple[float, float]]:
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for line in itertools.islice(file, SAMPLE):
+            turns = json.loads(line)["messages"]
+            answer = sum(len(turn["content"]) for turn in turns if turn["role"] == "assistant" and turn is turns[-1])
+            prompt = sum(len(turn["content"]) for turn in turns) - answer
+            found.append((prompt / CHARACTERS + MARKS, answer / CHARACTERS + 1))
+    return found
+
+
+def plan_of(state: State, step: Step, survey: Sequence[Status], examples: int | None) -> Plan | None:
+    """What is known of the size of a training; None for other steps, and where the model is not known.
+
+    Args:
+        examples: that it learns from, as far as known.
+    """
+    settings = step.params.get("training")
+    shape = shape_of(state, step, survey) if settings is not None and step.method.startswith("train.") else None
+    if settings is None or shape is None:
+        return None
+    training = training_of(settings)
+    known = lengths(state, step, survey)
+    context = int((step.params.get("architecture") or {}).get("context") or 1 << 20)
+    longest, prompt, answer = known or (sum(USUAL), *USUAL)
+    wide = min(longest, context)
+    share = answer / (prompt + answer)
+
+    def load(changed: Training) -> Load:
+        width = min(wide, changed.max_length or wide)
+        return Load.guess(changed, examples or training.batch_size, width * (1 - share), width * share)
+
+    key = "teacher.train." if step.id == "teacher" else "train."
+    return Plan(
+        step.id, key, shape, training, load, step.params.get("architecture") is not None, bf16() == "yes",
+        step.method == "train.logits",
+    )  # fmt: skip
+
+
+def training_of(settings: dict[str, Any]) -> Training:
+    """The settings of a training step, those of its method included where it has some."""
+    kind = Train if set(settings) - set(Training.model_fields) else Training
+    return kind.model_validate({k: v for k, v in settings.items() if k in kind.model_fields}, strict=False)
+
+
+def place(state: State, key: str) -> str:
+    """`slmops.yaml:12: ` where the settings of a training stand."""
+    project = state.project
+    file = project.file.name
+    if project.places is None:
+        return f"{file}: "
+    found = project.places.find(Problem("", path=f"{key}batch_size"))
+    return f"{found.file}:{found.line}: " if found.line else f"{found.file or file}: "
+
+
+def require(state: State, plans: Sequence[Plan], bytes_: int | None = None) -> None:
+    """Refuse trainings that do not fit, the first of them.
+
+    Args:
+        bytes_: what may be taken; default: what this machine has.
+
+    Raises:
+        ResourceError: with the line of its settings, and what would make it fit.
+    """
+    if bytes_ is None and shutil.which("nvidia-smi") is None:
+        bytes_ = available()
+    for plan in plans:
+        plan.require(bytes_, place(state, plan.key))

@@ -1,0 +1,148 @@
+"""The numbers of a decoder that decide how large it is: from an architecture, or from a model folder, without torch.
+
+The parameter count is exact: from the architecture by the formula (a test compares it with the model), from a folder by
+the headers of its safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmops.core.spec import Architecture
+
+FAST = ("llama", "qwen3")
+"""Model types whose forward pass `slmops.train.network` writes out."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths in units.
+
+    Attributes:
+        kind: `model_type` of the configuration.
+        attention: heads × width of a head; `shared`: the same of keys and values.
+        parameters: all weights, tied ones once.
+    """
+
+    kind: str
+    layers: int
+    hidden: int
+    attention: int
+    shared: int
+    ffn: int
+    vocabulary: int
+    tied: bool
+    parameters: int
+
+    @property
+    def written_out(self) -> bool:
+        """Whether slmops computes it by its own forward pass."""
+        return self.kind in FAST
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name to (inputs, outputs) of the linear layers of one block."""
+        h, a, s, f = self.hidden, self.attention, self.shared, self.ffn
+        return {
+            "q_proj": (h, a), "k_proj": (h, s), "v_proj": (h, s), "o_proj": (a, h),
+            "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h),
+        }  # fmt: skip
+
+    @property
+    def in_blocks(self) -> int:
+        """Weights of the linear layers of all blocks."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def table(self) -> int:
+        """Weights of the embedding, or of the output matrix."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def matrices(self) -> int:
+        """Weights of the linear layers, embedding and output matrix: what int4 rounds."""
+        return self.in_blocks + self.table * (1 if self.tied else 2)
+
+    def below(self, bound: int) -> float:
+        """Share of the weights that lie in matrices of fewer than `bound`."""
+        sizes = [inputs * outputs for inputs, outputs in self.linears.values()]
+        small = self.layers * sum(size for size in sizes if size < bound) + (self.table if self.table < bound else 0)
+        return small / max(1, self.in_blocks + self.table)
+
+    @classmethod
+    def of(cls, architecture: Architecture, vocabulary: int) -> Shape:
+        """The shape of a decoder from scratch."""
+        head = architecture.hidden // architecture.heads
+        return cls(
+            kind=architecture.type, layers=architecture.layers, hidden=architecture.hidden,
+            attention=architecture.hidden, shared=(architecture.kv_heads or architecture.heads) * head,
+            ffn=ffn_width(architecture), vocabulary=vocabulary, tied=architecture.tie_embeddings,
+            parameters=parameters(architecture, vocabulary),
+        )  # fmt: skip
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Shape | None:
+        """The shape of a model folder; None where config.json does not say it in the usual words."""
+        try:
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            return cls.of_config(config, _weights(folder))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], parameters: int = 0) -> Shape:
+        """The shape that a Hugging Face configuration describes.
+
+        Args:
+            parameters: the exact count, where it is known; 0: as the widths say.
+
+        Raises:
+            KeyError: it names no layers, widths or vocabulary.
+        """
+        inner = config.get("text_config") or config
+        hidden, heads = int(inner["hidden_size"]), int(inner["num_attention_heads"])
+        head = int(inner.get("head_dim") or hidden // heads)
+        shape = cls(
+            kind=str(inner.get("model_type", config.get("model_type", ""))), layers=int(inner["num_hidden_layers"]),
+            hidden=hidden, attention=heads * head, shared=int(inner.get("num_key_value_heads") or heads) * head,
+            ffn=int(inner["intermediate_size"]), vocabulary=int(inner["vocab_size"]),
+            tied=bool(inner.get("tie_word_embeddings", config.get("tie_word_embeddings", True))), parameters=parameters,
+        )  # fmt: skip
+        if parameters:
+            return shape
+        counted = shape.matrices + (2 * shape.layers + 1) * hidden
+        return cls(**{**vars(shape), "parameters": counted})
+
+
+def ffn_width(architecture: Architecture) -> int:
+    """The feed-forward width: as given, or 8/3 of hidden rounded up to a multiple of 32."""
+    return architecture.ffn or math.ceil(architecture.hidden * 8 / 3 / 32) * 32
+
+
+def parameters(architecture: Architecture, vocabulary: int) -> int:
+    """The exact number of weights of a decoder from scratch."""
+    hidden, head = architecture.hidden, architecture.hidden // architecture.heads
+    shared = (architecture.kv_heads or architecture.heads) * head
+    layer = 2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * ffn_width(architecture) + 2 * hidden
+    if architecture.type == "qwen3":
+        layer += 2 * head
+    tables = vocabulary * hidden * (1 if architecture.tie_embeddings else 2)
+    return tables + architecture.layers * layer + hidden
+
+
+def _weights(folder: Path) -> int:
+    """Weights in the safetensors files of a folder, from their headers alone; 0 if there are none."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > 100_000_000:
+                raise ValueError(f"{path.name} is no safetensors file")
+            header = json.loads(file.read(size))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
