@@ -66,6 +66,8 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate": ("judging", ("scipy", "rouge-score")),
     "hub": ("Hugging Face hub", ("huggingface_hub", "datasets")),
     "search": ("hyperparameter search", ("optuna",)),
+    "tensorboard": ("tracking in TensorBoard", ("tensorboard",)),
+    "mlflow": ("tracking in MLflow", ("mlflow-skinny", "sqlalchemy", "alembic")),
 }
 
 

@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     from slmops.flow.ray_executor import check_on
     from slmops.flow.runner import Options, Result, export, preflight, selected
     from slmops.flow.state import State
+    from slmops.flow.tracking import Tracker, backends
+    from slmops.flow.tracking import require as require_trackers
     from slmops.store.files import read_json
 
     begin = time.monotonic()
@@ -66,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.jobs < 0:
         raise UsageError("--jobs must not be negative", "0, the default, means as many as the cores allow")
+    require_trackers(project.spec.tracking)
     state = State(project)
     steps = project.plan()
     names = [step.id for step in steps]
@@ -79,10 +82,13 @@ def run(options: argparse.Namespace) -> int:
     todo = [status for status in survey if status.state == "run"]
     if not todo:
         result = Result()
+        tracker = Tracker(state, backends(project), say)
         for status in survey:
             assert status.output is not None and status.key is not None and status.parts is not None
             result.outputs[status.step.id] = status.output
             state.remember(status.step, status.parts)
+            tracker.see(status.step, state.record(status.key))
+        tracker.close()
         made = export(state, result)
         say(f"nothing to do: all {len(survey)} steps are cached ({seconds(time.monotonic() - begin)})")
     else:
@@ -112,9 +118,20 @@ def _run(state: State, steps: Sequence[Step], options: Options, address: str | N
     from slmops.cli.progress import Terminal
     from slmops.flow.executor import open_executor
     from slmops.flow.runner import run as run_plan
+    from slmops.flow.tracking import Tracker, backends
 
     with Terminal(len(steps)) as terminal:
-        return run_plan(state, steps, open_executor(state.root, address), terminal.watcher(), options)
+        executor = open_executor(state.root, address)
+        tracker = Tracker(state, backends(state.project), terminal.line)
+        try:
+            result = run_plan(state, steps, executor, tracker.watch(terminal.watcher()), options)
+        except BaseException:
+            tracker.close(patience_s=3)
+            raise
+        for step in steps:
+            tracker.see(step, result.records.get(step.id))
+        tracker.close()
+        return result
 
 
 def _print_end(report: dict[str, Any] | None, made: dict[str, Path]) -> None:

@@ -472,6 +472,20 @@ class AdapterTask(Value):
     train: Train | None = Field(None, description="default: the project's")
 
 
+class Tracking(Value):
+    """Where runs are told of, besides the report. Nothing here changes a result.
+
+    TensorBoard files go to .slmops/tensorboard/, MLflow runs to .slmops/mlflow/, or to the server of the environment
+    variable MLFLOW_TRACKING_URI.
+    """
+
+    tensorboard: bool = Field(False, description="write event files; needs the extra [tensorboard]")
+    mlflow: bool = Field(False, description="log MLflow runs; needs the extra [mlflow]")
+    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9/][A-Za-z0-9 ._/@-]{0,199}$")] | None = Field(
+        None, description="name under which runs are gathered; default: the project's"
+    )
+
+
 class Spec(Value):
     """A whole project file."""
 
@@ -491,3 +505,4 @@ class Spec(Value):
     convert: Convert = Convert()
     evaluate: Evaluate = Evaluate()
     search: Search | None = None
+    tracking: Tracking = Tracking()
