@@ -1,20 +1,21 @@
 """How well slmops foresees the memory of a training on the CPU: predicted and measured peaks, a table and JSON.
 
-    python benchmarks/memory.py              # the shapes that are reported: about three minutes on two cores
-    python benchmarks/memory.py --fit        # the shapes that the constants of slmops.train.memory were fitted on
+    python benchmarks/memory.py              # the trainings that are reported: about five minutes on two cores
+    python benchmarks/memory.py --fit        # those that the constants of slmops.train.memory were fitted on
 
-Each training is `train.sft` from a folder of examples to a saved model, some steps long, in a fresh process; its peak is the
+Each training is a whole method from a folder of examples to a saved model, some steps long, in a fresh process; its peak is the
 largest resident size that the system saw of it (ru_maxrss), libraries and page tables of all threads included. The prediction
 is made in this process, which imports no torch, from the same numbers that a run knows before it trains.
 
-Nothing was fitted on the shapes in REPORTED: `LIBRARIES`, `WASTE` and `SPREAD` of `slmops.train.memory` come from those in FITTED,
-which share no width, depth, vocabulary or batch with them. Lengths of the examples differ by a factor of three, as real ones do: the
+Nothing was fitted on those in REPORTED: the constants of `slmops.train.memory` come from those in FITTED, which share no
+shape with them. Lengths of the examples differ by a factor of three, as real ones do: the
 allocator's waste comes from that.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -36,6 +37,8 @@ TEMPLATE = (
 )
 MARKS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 VALIDATION = 16
+PAIRS = ("dpo", "orpo")
+CACHES = {"logits": ("cache_logits", "logits"), "cross_tokenizer": ("cache_aligned", "aligned")}
 
 
 @dataclass(frozen=True)
@@ -49,33 +52,44 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     steps: int = 6
     spare: int = 0
+    method: str = "sft"
+    teacher: dict[str, Any] | None = None
 
-    def lengths(self, count: int, seed: int) -> list[tuple[int, int]]:
-        """Prompt and answer tokens of each example, marks included."""
+    @property
+    def based(self) -> bool:
+        """Whether the training goes on from a model that exists."""
+        return self.method == "dpo" or self.training.get("tuning", "full") != "full"
+
+    def lengths(self, count: int, seed: int) -> list[tuple[int, int, int]]:
+        """Tokens of each example's prompt, answer and rejected answer, marks included."""
         rng = random.Random(seed)
 
         def near(mean: int) -> int:
             return max(5, round(mean * rng.uniform(0.5, 1.5)))
 
-        return [(near(self.tokens[0]), near(self.tokens[1])) for _ in range(count)]
+        rows = [(near(self.tokens[0]), near(self.tokens[1])) for _ in range(count)]
+        return [(*row, near(self.tokens[1])) for row in rows]
 
     @property
     def examples(self) -> int:
         return self.steps * int(self.training.get("batch_size", 64)) + self.spare
 
 
-def _case(
-    name: str, shape: str, vocabulary: int, tokens: tuple[int, int], spare: int = 0, steps: int = 6, **training: Any
-) -> Case:  # fmt: skip
-    """`shape` is `TYPE LAYERSxHIDDEN/HEADS[/KV_HEADS]`."""
+def _architecture(shape: str) -> dict[str, Any]:
+    """Of `TYPE LAYERSxHIDDEN/HEADS[/KV_HEADS]`."""
     kind, _, rest = shape.partition(" ")
     size, heads, *more = rest.split("/")
     layers, hidden = size.split("x")
-    architecture: dict[str, Any] = {"type": kind, "layers": int(layers), "hidden": int(hidden), "heads": int(heads)}
-    if more:
-        architecture["kv_heads"] = int(more[0])
-    architecture["context"] = 512
-    return Case(name, architecture, vocabulary, tokens, training, steps, spare)
+    found: dict[str, Any] = {"type": kind, "layers": int(layers), "hidden": int(hidden), "heads": int(heads)}
+    return found | ({"kv_heads": int(more[0])} if more else {}) | {"context": 512}
+
+
+def _case(
+    name: str, shape: str, vocabulary: int, tokens: tuple[int, int], spare: int = 0, steps: int = 6, method: str = "sft",
+    teacher: str = "", **training: Any,
+) -> Case:  # fmt: skip
+    taught = _architecture(teacher) if teacher else None
+    return Case(name, _architecture(shape), vocabulary, tokens, training, steps, spare, method, taught)
 
 
 FITTED = (
@@ -91,6 +105,16 @@ FITTED = (
     _case("two parts", "llama 4x272/4", 2400, (80, 20), steps=4, batch_size=24, accumulate=2),
     _case("rounded", "llama 3x448/7", 7000, (44, 12), steps=5, batch_size=16, quantization_aware="int4"),
     _case("parts, rounded", "llama 6x320/5", 4000, (60, 20), steps=4, batch_size=32, accumulate=4, quantization_aware="int4"),
+    _case("again", "llama 6x320/5", 4000, (60, 20), steps=4, batch_size=32, checkpointing=True, precision="fp32"),
+    _case("lora, again", "llama 6x320/5", 4000, (90, 30), steps=4, batch_size=32, checkpointing=True, tuning="lora"),
+    _case("lora", "llama 6x448/7", 4000, (60, 20), steps=4, batch_size=24, tuning="lora", precision="fp32"),
+    _case("qlora", "llama 6x448/7", 4000, (60, 20), steps=4, batch_size=24, tuning="qlora", precision="fp32"),
+    _case("adapter", "llama 5x384/6", 4000, (60, 20), steps=4, batch_size=24, tuning="adapter", precision="bf16"),
+    _case("dora", "qwen3 4x384/6", 3000, (60, 20), steps=4, batch_size=24, tuning="dora"),
+    _case("logits", "llama 3x224/4", 4400, (40, 16), steps=4, batch_size=48, method="logits", teacher="llama 4x256/4"),
+    _case("on policy", "llama 3x224/4", 4400, (40, 16), steps=8, batch_size=24, method="on_policy", teacher="llama 4x256/4"),
+    _case("hidden", "llama 3x224/4", 4400, (40, 16), steps=4, batch_size=32, method="hidden_states", teacher="llama 4x320/5"),
+    _case("dpo", "llama 4x288/4", 4400, (40, 16), steps=4, batch_size=24, method="dpo"),
 )  # fmt: skip
 
 REPORTED = (
@@ -99,37 +123,62 @@ REPORTED = (
     _case("5M qwen3, grouped heads", "qwen3 5x288/6/2", 1500, (48, 16), batch_size=20, precision="fp32"),
     _case("14M, long rows", "llama 7x384/6", 6000, (180, 40), batch_size=6, steps=4),
     _case("14M, four parts", "llama 7x384/6", 6000, (180, 40), batch_size=12, accumulate=4, steps=3),
+    _case("14M, checkpointing", "llama 7x384/6", 6000, (180, 40), batch_size=12, checkpointing=True, steps=3),
     _case("20M, big vocabulary", "llama 3x400/8", 40000, (28, 10), batch_size=20, steps=4),
     _case("30M, dropout", "llama 9x512/8", 5000, (20, 10), batch_size=12, dropout=0.1, steps=3),
     _case("60M", "llama 12x608/8", 9000, (20, 8), batch_size=6, steps=3),
     _case("9M, int4-aware", "llama 5x352/11", 3500, (36, 12), batch_size=24, quantization_aware="int4", steps=5),
     _case("3M, packed", "llama 4x208/4", 1800, (36, 12), batch_size=28, batching="pack", steps=5),
+    _case("lora", "llama 8x512/8", 6000, (70, 30), batch_size=20, tuning="lora", steps=3),
+    _case("lora with dropout, parts", "qwen3 5x416/8/4", 5000, (50, 20), batch_size=36, accumulate=3, tuning="lora", steps=3,
+          lora={"rank": 8, "dropout": 0.1}),
+    _case("lora, checkpointing", "llama 8x512/8", 6000, (120, 30), batch_size=32, tuning="lora", checkpointing=True, steps=3),
+    _case("dora", "llama 5x480/8", 5200, (50, 20), batch_size=20, tuning="dora", steps=3),
+    _case("qlora", "llama 9x544/8", 5000, (70, 30), batch_size=12, tuning="qlora", steps=3),
+    _case("adapter", "qwen3 6x432/6", 5200, (50, 20), batch_size=28, tuning="adapter", steps=3),
+    _case("logits", "llama 4x264/4", 5600, (36, 20), batch_size=36, method="logits", teacher="llama 5x320/4", steps=4),
+    _case("on-policy", "llama 4x264/4", 5600, (36, 20), batch_size=20, method="on_policy", teacher="llama 6x352/4", steps=8),
+    _case("hidden states", "qwen3 4x264/4", 5600, (36, 20), batch_size=28, method="hidden_states", teacher="qwen3 5x352/4", steps=4),
+    _case("cross-tokenizer", "llama 4x264/4", 5600, (36, 20), batch_size=36, method="cross_tokenizer", teacher="llama 5x320/4",
+          steps=4),
+    _case("dpo", "qwen3 5x312/6", 5200, (36, 20), batch_size=18, method="dpo", steps=4),
+    _case("dpo, lora", "llama 7x392/7", 3600, (50, 20), batch_size=12, method="dpo", tuning="lora", steps=4),
+    _case("lora, checkpointing, qwen3", "qwen3 7x368/8/4", 4600, (80, 25), batch_size=26, tuning="lora", checkpointing=True, steps=3),
+    _case("adapter, two parts", "llama 6x464/8", 4600, (60, 25), batch_size=26, tuning="adapter", accumulate=2, steps=3),
+    _case("orpo", "llama 5x312/6", 5200, (36, 20), batch_size=18, method="orpo", steps=4),
 )  # fmt: skip
 
 
-def predict(case: Case) -> tuple[Any, Any]:
-    """What slmops foresees: shape and memory. No torch is imported."""
+def predict(case: Case) -> Any:
+    """What slmops foresees. No torch is imported."""
     import numpy as np
 
-    from slmops.core.spec import Architecture, Training
+    from slmops.core.spec import Architecture, Train
     from slmops.flow.methods import bf16
     from slmops.train import memory
     from slmops.train.shape import Shape
 
-    training = Training.model_validate(case.training)
+    settings = {"max_steps": case.steps, **case.training}
+    training = Train.model_validate(settings | ({} if case.method == "sft" else {"method": case.method}))
     shape = Shape.of(Architecture(**case.architecture), case.vocabulary)
+    asked = case.teacher is not None and case.method not in CACHES
+    teacher = Shape.of(Architecture(**case.teacher), case.vocabulary) if case.teacher and asked else None
     rows, held = np.array(case.lengths(case.examples, 0)), np.array(case.lengths(VALIDATION, 1))
-    load = memory.Load.of(rows.sum(1), rows[:, 0], training, 1, held.sum(1))
+    rejected = rows[:, 0] + rows[:, 2] if case.method in PAIRS else None
+    load = memory.Load.of(rows[:, :2].sum(1), rows[:, 0], training, 1, held[:, :2].sum(1), rejected)
     low = memory.computes_in_bf16(training, shape, bf16() == "yes")
-    return shape, memory.memory(shape, training, load, bf16=low)
+    return memory.memory(shape, training, load, bf16=low, teacher=teacher)
 
 
-def write_inputs(case: Case, folder: Path) -> dict[str, Path]:
-    """A tokenizer that knows `vocabulary` words, and examples of known lengths."""
+def write_inputs(case: Case, folder: Path) -> None:
+    """What the training reads, in folders named as its inputs: a tokenizer that knows `vocabulary` words, examples of known
+    lengths, and as the method needs it a base, a teacher or what its pass leaves."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from slmops.core.example import Example, Message
+    from slmops.core.spec import Architecture
+    from slmops.train import network
 
     words = {word: number for number, word in enumerate(MARKS)}
     words |= {f"w{number}": number for number in range(len(MARKS), case.vocabulary)}
@@ -148,48 +197,68 @@ def write_inputs(case: Case, folder: Path) -> dict[str, Path]:
     (folder / "data").mkdir()
     for name, count, seed in (("train", case.examples, 0), ("validation", VALIDATION, 1)):
         with (folder / "data" / f"{name}.jsonl").open("w") as file:
-            for prompt, answer in case.lengths(count, seed):
-                example = Example((Message("user", some(prompt - 3)),), some(answer - 1), "gold")
+            for prompt, answer, other in case.lengths(count, seed):
+                rejected = some(other - 1) if case.method in PAIRS else None
+                example = Example((Message("user", some(prompt - 3)),), some(answer - 1), "gold", rejected=rejected)
                 file.write(json.dumps(example.to_json()) + "\n")
-    return {"data": folder / "data", "tokenizer": folder / "tokenizer"}
+    for name, shape in (("base", case.architecture if case.based else None), ("teacher", case.teacher)):
+        if shape is not None:
+            model = network.build(Architecture(**shape), fast, 3)
+            network.save(model, folder / "tokenizer", folder / name)
+    if case.method in CACHES:
+        _run(CACHES[case.method][0], case, folder, CACHES[case.method][1])
 
 
-def train(case: Case, threads: int) -> dict[str, Any]:
-    """The body of a worker: the whole training; peak in bytes."""
+def _run(method: str, case: Case, folder: Path, out: str, threads: int = 2) -> dict[str, Any]:
+    """Run a method on the folders that are there."""
     from slmops.core.method import Context
-    from slmops.core.spec import Architecture, Training
-    from slmops.train import sft
 
-    folder = Path(tempfile.mkdtemp(prefix="slmops-memory-"))
-    try:
-        inputs = write_inputs(case, folder)
-        for name in ("scratch", "out"):
-            (folder / name).mkdir()
-        settings = {"max_steps": case.steps, **case.training}
-        params = sft.Params(
-            training=Training.model_validate(settings), architecture=Architecture(**case.architecture),
-            files=("data/train.jsonl",), validation="data/validation.jsonl",
-        )  # fmt: skip
-        begin = time.monotonic()
-        facts = sft.run(params, inputs, folder / "out", Context(1, folder / "scratch", folder, threads))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        wanted = ("parameters", "precision", "steps", "tokens")
-        return {"peak": peak, "seconds": time.monotonic() - begin, **{name: facts[name] for name in wanted}}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    module = importlib.import_module(f"slmops.train.{method}")
+    takes = {name.rstrip("?") for name in module.DECLARATION.takes}
+    inputs = {name: folder / name for name in takes if (folder / name).is_dir()}
+    if case.based and method != "cache_logits":
+        inputs.pop("tokenizer", None)
+    params: dict[str, Any] = {"files": ["data/train.jsonl"]}
+    if "training" in module.Params.model_fields:
+        params["training"] = {"max_steps": case.steps, **case.training}
+        if method != "sft":
+            params["training"]["method"] = method
+        params["architecture"] = None if case.based else case.architecture
+        params["validation"] = "data/validation.jsonl"
+    for name in ("scratch", out):
+        (folder / name).mkdir(exist_ok=True)
+    context = Context(1, folder / "scratch", folder, threads)
+    facts: dict[str, Any] = module.run(
+        module.Params.model_validate(params, strict=False), inputs, folder / out, context
+    )
+    return facts
+
+
+def train(case: Case, folder: Path, threads: int) -> dict[str, Any]:
+    """The body of a worker: the whole training; peak in bytes."""
+    begin = time.monotonic()
+    facts = _run(case.method, case, folder, "out", threads)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    wanted = ("parameters", "precision", "steps", "tokens")
+    return {"peak": peak, "seconds": time.monotonic() - begin, **{n: facts[n] for n in wanted if n in facts}}
 
 
 def measure(case: Case, threads: int) -> dict[str, Any]:
-    """One training in a process of its own, beside what was foreseen."""
-    shape, foreseen = predict(case)
-    words = [sys.executable, __file__, "--worker", json.dumps(asdict(case)), "--threads", str(threads)]
+    """One training in a process of its own, beside what was foreseen. Another process writes its inputs."""
+    foreseen = predict(case)
+    folder = Path(tempfile.mkdtemp(prefix="slmops-memory-"))
+    words = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--threads", str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case.name}: the training failed\n{done.stderr[-2000:]}")
+    try:
+        for part in ("--prepare", "--worker"):
+            done = subprocess.run(
+                [*words, part, str(folder)], capture_output=True, text=True, env=environment, check=False
+            )
+            if done.returncode:
+                raise SystemExit(f"{case.name}: the training failed\n{done.stderr[-2000:]}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    if found["parameters"] != shape.parameters:
-        raise SystemExit(f"{case.name}: {found['parameters']} parameters, {shape.parameters} were foreseen")
     return {
         "case": case.name, **found, "predicted": foreseen.peak, "ratio": foreseen.peak / found["peak"],
         "held": foreseen.held, "moments": foreseen.moments, "definition": asdict(case),
@@ -217,11 +286,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="default: build/bench/memory.json, with --fit memory-fit.json")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    for hidden in ("--case", "--prepare", "--worker"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        told = json.loads(options.worker)
-        print(json.dumps(train(Case(**{**told, "tokens": tuple(told["tokens"])}), options.threads)))
+    if options.case:
+        told = json.loads(options.case)
+        case = Case(**{**told, "tokens": tuple(told["tokens"])})
+        if options.prepare:
+            write_inputs(case, Path(options.prepare))
+        else:
+            print(json.dumps(train(case, Path(options.worker), options.threads)))
         return
     offered = FITTED if options.fit else REPORTED
     cases = [c for c in offered if not options.only or any(text in c.name for text in options.only)]

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from slmops.core.spec import Architecture, Lora, Training
 from slmops.errors import ResourceError
-from slmops.train import memory, network
+from slmops.train import activations, memory, network, tuning
 from slmops.train.available import available, resident
 from slmops.train.batches import Part
 from slmops.train.fit import Plan
 from slmops.train.memory import Load
 from slmops.train.shape import Shape
+from tests.train import bases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,29 +54,60 @@ def kept_by_torch(net: network.Network, rows: int, width: int, losses: int, trai
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        copy = tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in sizes and tensor.ndim == 2
-        if storage.data_ptr() not in own and not (copy and tensor.grad_fn and tensor.grad_fn.name() == "TBackward0"):
+        weight = tensor.ndim == 2 and tuple(sorted(tensor.shape)) in sizes
+        if storage.data_ptr() not in own and not weight:
             found[storage.data_ptr()] = storage.nbytes()
         alive.append(tensor)
         return tensor
 
+    net.learn(True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net.hidden(net.weights, part, training.dropout)
     return sum(found.values())
 
 
+def tuned(model: Any, training: Training, own: bool = False) -> network.Network:
+    """The network that `train.sft` makes of a model; with `own`, as the model's own code computes it."""
+    handle = tuning.apply(model, training, 0)
+    inner = model if training.tuning in ("full", "adapter") else handle.get_base_model()
+    net = network.Network(inner, bf16=training.precision == "bf16")
+    net.path = "head" if own else net.path
+    return net
+
+
+def check_activations(model: Any, training: Training, own: bool = False, within: float = 0.05) -> None:
+    net = tuned(model, training, own)
+    rows, width, losses = 8, 40, 128
+    shape = Shape.of_config(net.model.config.to_dict())
+    assert own or shape.written_out == (net.path == "fast")
+    load = Load(rows * width, losses, width, 8, 320)
+    counted = activations.activations(shape, training, load, training.precision == "bf16", own or None)
+    assert counted == pytest.approx(kept_by_torch(net, rows, width, losses, training), rel=within)
+
+
+LORAS = [{"tuning": "lora"}, {"tuning": "lora", "lora": {"rank": 8, "dropout": 0.1}}, {"tuning": "dora"},
+         {"tuning": "lora", "lora": {"targets": ("q_proj", "v_proj")}}]  # fmt: skip
+TUNINGS = [{}, *LORAS, {"tuning": "adapter", "adapter_width": 24}]
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("shared", [None, 2])
-@pytest.mark.parametrize("how", [{}, {"dropout": 0.1}, {"batching": "pack"}, {"precision": "bf16"}])
-def test_activations_are_what_torch_keeps(kind: Any, shared: int | None, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", [*TUNINGS, {"dropout": 0.1}, {"batching": "pack"}], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_torch_keeps(kind: Any, shared: int | None, how: dict[str, Any], precision: str) -> None:
     architecture = Architecture(type=kind, layers=3, hidden=64, heads=4, kv_heads=shared, ffn=96)
-    training = Training.model_validate(how)
-    bf16 = training.precision == "bf16"
-    net = network.Network(network.build(architecture, Words(300), 0), bf16=bf16)
-    rows, width, losses = 8, 40, 64
-    shape = Shape.of(architecture, 300)
-    counted = memory.activations(shape, training, Load(rows * width, losses, width, 8, 320), bf16)
-    assert counted == pytest.approx(kept_by_torch(net, rows, width, losses, training), rel=0.05)
+    training = Training.model_validate({**how, "precision": precision})
+    check_activations(network.build(architecture, Words(300), 0), training)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3"])
+@pytest.mark.parametrize("how", [*TUNINGS, {"batching": "pack"}], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_a_models_own_code_too(kind: str, how: dict[str, Any], precision: str) -> None:
+    if kind == "phi3" and "lora" in how and how["lora"].get("targets"):
+        how = {**how, "lora": {"targets": ("qkv_proj",)}}
+    training = Training.model_validate({**how, "precision": precision})
+    check_activations(bases.build(kind, 300, layers=3), training, own=True, within=0.1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -120,10 +152,12 @@ def test_more_of_anything_never_needs_less(layers: int, hidden: int, vocabulary:
 def test_what_saves_memory_is_foreseen_to() -> None:
     shape, training = shape_of(12, 512, 8000), Training(batch_size=64)
     base = peak(shape, training, tokens=200)
-    for change in ({"accumulate": 8}, {"checkpointing": True}, {"tuning": "lora"}, {"max_length": 64}):
+    for change in ({"accumulate": 8}, {"checkpointing": True}, {"max_length": 64}):
         changed = training.model_copy(update=change)
         less = memory.memory(shape, changed, Load.guess(changed, 500, min(140, changed.max_length or 140), 60))
         assert less.peak < base, change
+    small = Training(batch_size=2)
+    assert peak(shape, small.model_copy(update={"tuning": "lora"})) < 0.8 * peak(shape, small)
 
 
 def test_tunings_train_as_many_weights_as_peft() -> None:
@@ -131,9 +165,9 @@ def test_tunings_train_as_many_weights_as_peft() -> None:
     architecture = Architecture(layers=3, hidden=64, heads=4, kv_heads=2, ffn=96)
     for targets in (None, ("q_proj", "down_proj")):
         names = targets or ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        for tuning in ("lora", "dora"):
-            training = Training(tuning=tuning, lora=Lora(rank=4, targets=targets))  # type: ignore[arg-type]
-            config = peft.LoraConfig(r=4, target_modules=list(names), use_dora=tuning == "dora", task_type="CAUSAL_LM")
+        for how in ("lora", "dora"):
+            training = Training(tuning=how, lora=Lora(rank=4, targets=targets))  # type: ignore[arg-type]
+            config = peft.LoraConfig(r=4, target_modules=list(names), use_dora=how == "dora", task_type="CAUSAL_LM")
             model = peft.get_peft_model(network.build(architecture, Words(300), 0), config)
             moved = sum(p.numel() for p in model.parameters() if p.requires_grad)
             assert memory.trained(Shape.of(architecture, 300), training) == moved
@@ -147,7 +181,7 @@ def test_the_load_is_that_of_the_largest_part() -> None:
     assert Load.of(lengths, answers, Training(batch_size=4, max_length=21), 0).width == 20
     assert Load.of(lengths, answers, Training(batch_size=4, prompt_weight=0.1), 0).losses == 100
     held = Load.of(lengths, answers, Training(), 0, np.array([9]))
-    assert (held.examples, held.all_tokens, held.validated, whole.validated) == (5, 113, True, False)
+    assert (held.examples, held.all_tokens, held.held, whole.held) == (5, 113, 1, 0)
 
 
 def plan(scratch: bool = True, **changes: Any) -> Plan:

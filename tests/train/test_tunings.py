@@ -4,6 +4,7 @@ same bytes, PEFT and transformers load what it saved, and the merged model is th
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,25 @@ def test_an_adapter_of_another_base_is_refused(base: Callable[[str], Path], data
     (tmp_path / "o" / "adapter" / "base.json").unlink()
     with pytest.raises(ModelError, match="which base"):
         tuning.merged(tmp_path / "o" / "adapter", base("llama"))
+
+
+def test_the_tuned_model_is_gone_before_its_base_is_read_again(
+    base: Callable[[str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    there: list[int] = []
+    begin, merged = network.Network.__init__, tuning.merged
+
+    def noted(self: Any, *args: Any, **more: Any) -> None:
+        made.append(weakref.ref(self))
+        begin(self, *args, **more)
+
+    def counted(*args: Any) -> Any:
+        there.append(sum(one() is not None for one in made))
+        return merged(*args)
+
+    monkeypatch.setattr(network.Network, "__init__", noted)
+    monkeypatch.setattr(tuning, "merged", counted)
+    train(params("lora"), data, base("qwen3"), tmp_path / "out", tmp_path / "s")
+    assert len(made) == 1
+    assert there == [0]

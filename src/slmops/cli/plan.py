@@ -39,12 +39,14 @@ def run(options: argparse.Namespace) -> int:
         print_json({"name": project.spec.name, "steps": rows, "to_run": len(todo), "estimate": cost.to_json()})
         require(state, trainings(state, survey))
         return 0
-    table = [["step", "", "time", "what"]]
+    table = [["step", "", "time", "memory", "what"]]
+    trained = {status.step.id for status in todo if status.step.params.get("training") is not None}
     for status in survey:
         part = costs[status.step.id]
         time = "" if status.state == "cached" else (f"~{seconds(part.seconds)}" if part.seconds else "?")
-        table.append([status.step.id, status.state, time, status.step.about])
-    print("\n".join(columns(table, right=(2,))))
+        memory = f"~{size(part.memory_bytes)}" if status.step.id in trained else ""
+        table.append([status.step.id, status.state, time, memory, status.step.about])
+    print("\n".join(columns(table, right=(2, 3))))
     print()
     if not todo:
         print(f"nothing to do: all {len(survey)} steps are cached")

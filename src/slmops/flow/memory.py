@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slmops.core.spec import Architecture, TokenizerSpec, Train, Training
+from slmops.core.spec import Architecture, Spec, TokenizerSpec, Train, Training
 from slmops.core.step import Step
 from slmops.errors import Problem
 from slmops.flow.methods import bf16
@@ -22,7 +22,7 @@ from slmops.flow.state import State, Status
 from slmops.train.available import available
 from slmops.train.fit import Plan
 from slmops.train.memory import Load
-from slmops.train.shape import Shape
+from slmops.train.shape import Shape, lower_bytes
 
 CHARACTERS = 3.5
 """Characters of a token, roughly; marks of the chat template are counted apart."""
@@ -42,13 +42,32 @@ def shape_of(state: State, step: Step, survey: Sequence[Status]) -> Shape | None
         wanted = tokenizer.step.params.get("vocabulary") if tokenizer else None
         vocabulary = int(wanted or TokenizerSpec().vocabulary)
         return Shape.of(Architecture.model_validate(architecture, strict=False), vocabulary)
-    base = by_id.get(step.inputs.get("base", ""))
-    if base is None:
+    folder = folder_of(state, step.inputs.get("base", ""), survey)
+    if folder is not None:
+        return Shape.of_folder(folder)
+    made = by_id.get(step.inputs.get("base", ""))
+    return shape_of(state, made.step, survey) if made and made.step.params.get("training") is not None else None
+
+
+def folder_of(state: State, id: str, survey: Sequence[Status]) -> Path | None:
+    """Where the model that a step makes or fetches is, if it is there already."""
+    status = next((status for status in survey if status.step.id == id), None)
+    if status is None:
         return None
-    if base.output is not None:
-        return Shape.of_folder(state.store.path(base.output))
-    source = base.step.sources.get("model")
-    return Shape.of_folder(state.project.resolve(source)) if source else None
+    if status.output is not None:
+        return state.store.path(status.output)
+    source = status.step.sources.get("model")
+    return state.project.resolve(source) if source else None
+
+
+def teacher_of(state: State, step: Step, survey: Sequence[Status]) -> Shape | None:
+    """The shape of the teacher that a training asks while it goes on; None where it asks none, or nobody knows it."""
+    id = step.inputs.get("teacher", "")
+    folder = folder_of(state, id, survey)
+    if folder is not None:
+        return Shape.of_folder(folder)
+    made = next((status.step for status in survey if status.step.id == id), None)
+    return shape_of(state, made, survey) if made and made.params.get("training") is not None else None
 
 
 def lengths(state: State, step: Step, survey: Sequence[Status]) -> tuple[float, float, float] | None:
@@ -99,11 +118,24 @@ def plan_of(state: State, step: Step, survey: Sequence[Status], examples: int | 
         width = min(wide, changed.max_length or wide)
         return Load.guess(changed, examples or training.batch_size, width * (1 - share), width * share)
 
-    key = "teacher.train." if step.id == "teacher" else "train."
+    base = folder_of(state, step.inputs.get("base", ""), survey)
+    file = lower_bytes(base) if base else 0
     return Plan(
-        step.id, key, shape, training, load, step.params.get("architecture") is not None, bf16() == "yes",
-        step.method == "train.logits",
+        step.id, key_of(state.project.spec, step.id), shape, training, load, step.params.get("architecture") is not None, bf16() == "yes",
+        teacher_of(state, step, survey), file,
     )  # fmt: skip
+
+
+def key_of(spec: Spec, id: str) -> str:
+    """What stands before the names of a training's settings in the project file."""
+    kind, _, rest = id.partition("-")
+    if kind == "teacher":
+        return f"teacher.others.{int(rest) - 2}.train." if rest else "teacher.train."
+    if id == "student-sft":
+        return "train.preference.supervised."
+    if kind == "adapter" and rest in spec.adapters and spec.adapters[rest].train is not None:
+        return f"adapters.{rest}.train."
+    return "train."
 
 
 def training_of(settings: dict[str, Any]) -> Training:

@@ -27,7 +27,8 @@ class Plan:
         load: what the training's batches hold, for any settings.
         scratch: the model starts from random weights, so that all of them have to move.
         bf16: whether the processor multiplies bfloat16.
-        distilled: the loss also has a teacher's distributions.
+        teacher: that is asked while it goes on.
+        file_bytes: of the base's weights where they are not float32.
     """
 
     what: str
@@ -37,39 +38,45 @@ class Plan:
     load: Callable[[Training], Load]
     scratch: bool
     bf16: bool
-    distilled: bool = False
+    teacher: Shape | None = None
+    file_bytes: int = 0
 
     def memory(self, **changes: object) -> Memory:
         """The estimate, with some settings changed."""
         training = self.training.model_copy(update=changes)
         low = computes_in_bf16(training, self.shape, self.bf16)
-        return memory(self.shape, training, self.load(training), bf16=low, distilled=self.distilled)
+        return memory(
+            self.shape, training, self.load(training), bf16=low, teacher=self.teacher, file_bytes=self.file_bytes
+        )
 
     def ways_out(self, bytes_: int) -> list[str]:
         """Settings with which the training fits into `bytes_`, each with its own figure.
 
         One setting at a time; where none is enough, all of them together, if that is.
         """
-        tuned = {"tuning": "lora"} if not self.scratch and self.training.tuning == "full" else {}
+        tuned: list[dict[str, object]] = (
+            [] if self.scratch or self.training.tuning == "qlora" else [{"tuning": "qlora"}]
+        )
+        if tuned and self.training.tuning == "full":
+            tuned = [{"tuning": "lora"}, *tuned]
         parts, length = self._parts(bytes_), self._length(bytes_)
         single: list[dict[str, object]] = []
         if parts:
             single.append({"accumulate": parts})
         if not self.training.checkpointing:
             single.append({"checkpointing": True})
-        if tuned:
-            single.append({**tuned})
+        single += tuned
         if length:
             single.append({"max_length": length})
         found = [self._line(change, bytes_) for change in single]
         if any(found):
             return [line for line in found if line]
-        together = {"accumulate": self.training.batch_size, "checkpointing": True, **tuned}
-        line = self._line(together, bytes_)
-        return [line] if line else []
+        least: dict[str, object] = {"accumulate": self.training.batch_size, "checkpointing": True}
+        together = [self._line({**least, **change}, bytes_) for change in ({}, *tuned)]
+        return [line for line in together if line][:1]
 
     def _line(self, change: dict[str, object], bytes_: int) -> str:
-        needed = self.memory(**change).peak
+        needed = self.memory(**change).needed
         if needed > bytes_:
             return ""
         words = " with ".join(f"{self.key}{name}: {_yaml(value)}" for name, value in change.items())
@@ -79,19 +86,24 @@ class Plan:
     def _parts(self, bytes_: int) -> int:
         """The fewest parts, doubling, with which it fits; 0 if it never does."""
         parts = self.training.accumulate * 2
-        while parts < self.training.batch_size and self.memory(accumulate=parts).peak > bytes_:
+        while parts < self.training.batch_size and self.memory(accumulate=parts).needed > bytes_:
             parts *= 2
         parts = min(parts, self.training.batch_size)
-        return parts if parts > self.training.accumulate and self.memory(accumulate=parts).peak <= bytes_ else 0
+        return parts if parts > self.training.accumulate and self.memory(accumulate=parts).needed <= bytes_ else 0
 
     def _length(self, bytes_: int) -> int:
         """The longest limit on the examples, halving, with which it fits; 0 if there is none."""
         length = (self.load(self.training).width + 1) // 2
         while length >= SHORTEST:
-            if self.memory(max_length=length).peak <= bytes_:
+            if self.memory(max_length=length).needed <= bytes_:
                 return length
             length //= 2
         return 0
+
+    def say(self, bytes_: int) -> str:
+        """What the training needs of `bytes_` that may be taken, and what for."""
+        needed = self.memory()
+        return f"about {gigabytes(needed.peak)} of memory at the peak ({_made_of(needed)}), {gigabytes(bytes_)} are available"
 
     def require(self, bytes_: int | None, where: str = "") -> None:
         """Refuse the training if it does not fit.
@@ -106,17 +118,21 @@ class Plan:
         if bytes_ is None:
             return
         needed = self.memory()
-        if needed.peak <= bytes_:
+        if needed.needed <= bytes_:
             return
         ways = self.ways_out(bytes_)
-        largest = sorted({**needed.held, **_largest(needed.moments)}.items(), key=lambda item: -item[1])[:3]
-        made_of = ", ".join(f"{name} {gigabytes(size)}" for name, size in largest)
         raise ResourceError(
-            f"{where}training {self.what} needs about {gigabytes(needed.peak)} of memory ({made_of}), "
+            f"{where}training {self.what} needs about {gigabytes(needed.needed)} of memory ({_made_of(needed)}), "
             f"{gigabytes(bytes_)} are available",
             f"any of these makes it fit: {'; '.join(ways)}" if ways
             else "no setting makes it fit here: take a smaller model, or a machine with more memory",
         )  # fmt: skip
+
+
+def _made_of(needed: Memory) -> str:
+    """The three largest parts."""
+    largest = sorted({**needed.held, **_largest(needed.moments)}.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{name} {gigabytes(size)}" for name, size in largest)
 
 
 def _largest(moments: dict[str, int]) -> dict[str, int]:

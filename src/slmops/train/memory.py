@@ -4,9 +4,8 @@ It promises the resident bytes of the training process at their peak; `benchmark
 is counted is what the code holds:
 
 - all weights, and gradients and two moments of those that are trained;
-- what the written-out forward pass (`slmops.train.network`) keeps of every token for the backward pass, layer by layer; a
-  test compares this with what torch keeps. With `checkpointing` the inputs of the layers and the whole of one;
-- the loss: the logits of one piece, their log-probabilities and the gradients of both;
+- what the forward pass keeps of every token for the backward pass, and the loss (`slmops.train.activations`);
+- a teacher that is asked meanwhile: its weights, its forward pass, what the loss keeps of it; or what its pass has left;
 - copies: weights in bf16, weights rounded for int4, the best weights when they are read back, the second base that a
   tuning is merged into;
 - the examples as Python holds them, and Python with its libraries.
@@ -19,10 +18,12 @@ tensors are given back at once. The constants in capitals were fitted, on other 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from slmops.core.spec import Training
+from slmops.core.spec import PREFERENCE, Train, Training
+from slmops.train import activations
+from slmops.train.activations import FLOAT, LOW
 from slmops.train.shape import Shape
 
 if TYPE_CHECKING:
@@ -31,9 +32,15 @@ if TYPE_CHECKING:
 LIBRARIES = 440_000_000
 """Resident bytes of Python with torch and transformers, a tokenizer and a model's code loaded."""
 
+TUNING_LIBRARIES = 50_000_000
+"""Resident bytes of peft, and of bitsandbytes which it loads, for tunings that are theirs."""
+
 WASTE, WASTE_OF_PARTS = 1.2, 1.65
 """What the heap holds for each byte of activations: freed pieces that fit nothing new. The second for batches in parts
-(`accumulate`): gradients that stay are strewn among them."""
+(`accumulate`) and for layers that are computed again (`checkpointing`): gradients that stay are strewn among them."""
+
+WASTE_OF_ADDITIONS = 1.55
+"""The same where few new weights are trained beside frozen ones: their results are small pieces that lie between large ones."""
 
 BF16 = 1.5
 """Bytes that come with each byte of a weight's copy in bf16: the copy itself, and its gradient before it is a float32."""
@@ -50,13 +57,23 @@ PER_EXAMPLE = 2_600
 PER_TOKEN = 60
 """Bytes of a token of the data: while it is encoded it is a Python number in lists, then eight bytes."""
 
-HEAD_ELEMENTS = 1 << 26
-"""Logits computed at once; see `slmops.train`'s loss."""
-
 AUTOMATIC = 8_000_000
 """Parameters above which `precision: auto` computes in bf16, where the machine does."""
 
-FLOAT, LOW = 4, 2
+FOUR_BIT = 0.53
+"""Bytes of a weight held in 4 bits, its scales included."""
+
+EXAMPLE_OF_CACHE = 400
+"""Bytes of an example's entry beside its positions, where a teacher's pass is read from a file."""
+
+RANKS = 32
+"""Probabilities of a place that `train.cache_aligned` keeps."""
+
+
+def method_of(training: Training) -> str:
+    """The method that `training` asks for, as `activations.COPIES` names it."""
+    name = training.method if isinstance(training, Train) else "sequence"
+    return "sft" if name == "sequence" else name
 
 
 @dataclass(frozen=True)
@@ -67,8 +84,9 @@ class Load:
         tokens: positions of the largest part of a batch, padding included.
         losses: of those, the ones that carry loss.
         width: tokens of its longest row.
-        examples: all examples; `all_tokens`: theirs together.
-        validated: whether there is validation data: the best weights are then read back at the end.
+        examples: all examples; `all_tokens`: theirs together; `answers`: those of the answers that are trained on.
+        held: validation examples. Where there are any, the best weights are read back at the end.
+        prompt: tokens of the longest prompt.
     """
 
     tokens: int
@@ -76,45 +94,71 @@ class Load:
     width: int
     examples: int
     all_tokens: int
-    validated: bool = True
+    answers: int = 0
+    held: int = 0
+    prompt: int = 0
 
     @classmethod
-    def of(cls, lengths: Ints, answer_from: Ints, training: Training, seed: int, held: Ints | None = None) -> Load:
+    def of(
+        cls, lengths: Ints, answer_from: Ints, training: Training, seed: int, held: Ints | None = None,
+        rejected: Ints | None = None,
+    ) -> Load:  # fmt: skip
         """The load of tokenised examples, batched as the first epoch will batch them.
 
         Args:
             lengths: (examples,) tokens of each; `answer_from`: (examples,) index of its first answer token.
             held: (validation examples,) their tokens.
+            rejected: (examples,) tokens of each with its rejected answer; for preference methods.
         """
         import numpy as np
 
         from slmops.train.batches import epoch_plan
 
+        both = [lengths] if rejected is None else [lengths, rejected]
         if training.max_length:
-            lengths = np.minimum(lengths, training.max_length)
-            answer_from = np.minimum(answer_from, lengths - 1)
-        inputs = lengths - 1
-        answers = inputs if training.prompt_weight > 0 else lengths - answer_from
+            both = [np.minimum(one, training.max_length) for one in both]
+            answer_from = np.minimum(answer_from, both[0] - 1)
+        longest, inputs = np.max(both, 0), np.sum(both, 0) - len(both)
+        answers = inputs if training.prompt_weight > 0 else np.sum([one - answer_from for one in both], 0)
         best = (0, 0, 0)
-        for batch in epoch_plan(lengths, training.batch_size, seed, 0, training.batching):
+        for batch in epoch_plan(longest, training.batch_size, seed, 0, training.batching):
             for part in np.array_split(batch, training.accumulate):
                 if len(part):
-                    wide = int(inputs[part].max())
-                    tokens = len(part) * wide
+                    wide = int(longest[part].max()) - 1
+                    tokens = len(both) * len(part) * wide
                     if training.batching == "pack":
                         wide = max(wide, min(256, training.max_length or 256))
                         tokens = math.ceil(int(inputs[part].sum()) / wide) * wide
                     best = max(best, (tokens, int(answers[part].sum()), wide))
         more = held if held is not None else lengths[:0]
-        return cls(*best, len(lengths) + len(more), int(lengths.sum() + more.sum()), bool(len(more)))
+        total = int(sum(one.sum() for one in both) + len(both) * more.sum())
+        prompt = int(answer_from.max()) if len(answer_from) else 0
+        load = cls(*best, len(both) * (len(lengths) + len(more)), total, int(answers.sum()), len(more), prompt)
+        return load.written(training, min(len(lengths), math.ceil(training.batch_size / training.accumulate)))
 
     @classmethod
     def guess(cls, training: Training, examples: int, prompt: float, answer: float) -> Load:
         """The load of `examples` that all have `prompt` and `answer` tokens."""
         rows = min(max(1, examples), math.ceil(training.batch_size / training.accumulate))
+        both = 2 if method_of(training) in PREFERENCE else 1
         width = max(1, round(prompt + answer) - 1)
-        losses = rows * (width if training.prompt_weight > 0 else max(1, round(answer)))
-        return cls(rows * width, losses, width, examples, round(examples * (prompt + answer)), training.holdout > 0)
+        losses = both * rows * (width if training.prompt_weight > 0 else max(1, round(answer)))
+        held = max(1, round(training.holdout * examples)) if training.holdout > 0 else 0
+        load = cls(
+            both * rows * width, losses, width, both * examples, round(both * examples * (prompt + answer)),
+            round(examples * answer), held, round(prompt),
+        )  # fmt: skip
+        return load.written(training, rows)
+
+    def written(self, training: Training, rows: int) -> Load:
+        """The load where the student may write the answers, up to `on_policy.max_new_tokens`; else this one."""
+        if not isinstance(training, Train) or training.method != "on_policy" or training.on_policy.share == 0:
+            return self
+        room = (training.max_length or 1 << 20) - self.prompt
+        new = max(1, min(training.on_policy.max_new_tokens, room))
+        width = self.prompt + new - 1
+        most = max((self.tokens, self.losses, self.width), (rows * width, rows * new, width))
+        return replace(self, tokens=most[0], losses=most[1], width=most[2])
 
 
 @dataclass(frozen=True)
@@ -123,7 +167,8 @@ class Memory:
 
     Attributes:
         held: by name, what is there for the whole of it.
-        moments: by name, what is there besides at one time; the largest counts.
+        moments: by name, what is there besides at one time (less than nothing, where something held is not there); the largest
+            counts.
         left: what the heap keeps of the other moments.
     """
 
@@ -135,6 +180,12 @@ class Memory:
     def peak(self) -> int:
         """The most at any time."""
         return sum(self.held.values()) + max(self.moments.values()) + self.left
+
+    @property
+    def needed(self) -> int:
+        """What must be free: the most at any time but while a base is loaded. Then a part of the memory is pages of its file,
+        which the system takes back where it needs them."""
+        return sum(self.held.values()) + max(v for n, v in self.moments.items() if n != "loading") + self.left
 
 
 def computes_in_bf16(training: Training, shape: Shape, hardware: bool) -> bool:
@@ -154,96 +205,110 @@ def trained(shape: Shape, training: Training) -> int:
         return shape.parameters
     if training.tuning == "adapter":
         return shape.layers * 3 * shape.hidden * training.adapter_width
-    lora = training.lora
-    wanted = {target.rpartition(".")[2] for target in lora.targets} if lora.targets else set(shape.linears)
-    chosen = [sizes for name, sizes in shape.linears.items() if name in wanted]
-    moved = sum(lora.rank * (inputs + outputs) for inputs, outputs in chosen)
+    chosen = activations.chosen(shape, training).values()
+    moved = sum(training.lora.rank * (inputs + outputs) for inputs, outputs in chosen)
     if training.tuning == "dora":
         moved += sum(outputs for _inputs, outputs in chosen)
     return shape.layers * moved
 
 
-def per_token(shape: Shape, training: Training, bf16: bool) -> tuple[int, int]:
-    """Bytes that one layer keeps of a token for the backward pass: of its attention, and of all after it."""
-    low = LOW if bf16 else FLOAT
-    h, a, s, f = shape.hidden, shape.attention, shape.shared, shape.ffn
-    full = training.tuning == "full"
-    normed = FLOAT * h if full else 0  # for the gradient of a norm's weight
-    attention = FLOAT * h + normed + low * h + FLOAT * (2 * a + 2 * s) + low * a
-    if shape.kind == "qwen3":
-        attention += FLOAT * (a + s) * (2 if full else 1)
-    rest = FLOAT * h + normed + low * h + 4 * low * f
-    if training.dropout > 0:
-        rest += 2 * FLOAT * h
-    if training.tuning in ("lora", "rslora", "dora", "qlora"):
-        attention += low * (a + s + s)  # the layer's own result, before the addition, where the sum is a new tensor
-    if training.tuning == "adapter":
-        rest += 4 * low * training.adapter_width
-    if not shape.written_out:  # the model's own code: norms and rotations keep every step
-        attention += FLOAT * 3 * (h + a + s)
-        rest += FLOAT * 3 * h
-    return attention, rest
+def kept_of_teacher(shape: Shape, training: Training, load: Load, teacher: Shape) -> tuple[int, int]:
+    """What an asked teacher adds for hidden states: bytes kept until the backward pass, and weights of the learned maps."""
+    if not isinstance(training, Train) or training.method != "hidden_states":
+        return 0, 0
+    transfer, kept, maps = training.transfer, 0, 0
+    if transfer.hidden_weight:
+        maps = shape.layers * shape.hidden * teacher.hidden
+        kept += FLOAT * load.tokens * teacher.layers * teacher.hidden
+        kept += FLOAT * load.losses * shape.layers * (shape.hidden + 2 * teacher.hidden)
+    if transfer.attention_weight:
+        heads = transfer.relation_heads or activations.relation_heads(shape, teacher)
+        relation = FLOAT * heads * load.width
+        widths = sum(one.attention + 2 * one.shared for one in (shape, teacher))
+        kept += 3 * relation * (load.tokens + load.losses) + FLOAT * load.tokens * widths
+        kept += relation * (2 * load.tokens + load.losses)  # what one kind needs at a time
+    return kept, maps
 
 
-def activations(shape: Shape, training: Training, load: Load, bf16: bool) -> int:
-    """Bytes that the forward pass of one part keeps for the backward pass, without the loss."""
-    attention, rest = per_token(shape, training, bf16)
-    after = load.losses if shape.written_out else load.tokens  # the last layer goes on at loss positions alone
-    layer = load.tokens * (attention + rest)
-    last = load.tokens * attention + after * (rest + FLOAT * shape.attention)
-    mask = load.tokens * load.width * (FLOAT + 1) if training.batching == "pack" else 0
-    if training.checkpointing:
-        return (
-            (shape.layers - 1) * load.tokens * FLOAT * shape.hidden + max(last, layer if shape.layers > 1 else 0) + mask
-        )
-    return (shape.layers - 1) * layer + last + shape.layers * mask
+def left_by_pass(training: Training, load: Load) -> int:
+    """Bytes of what a teacher's earlier pass has left, as it is read into memory."""
+    method = method_of(training)
+    if method == "logits" and isinstance(training, Train):
+        return load.answers * (12 * training.logit_samples + 12) + EXAMPLE_OF_CACHE * load.examples
+    if method == "cross_tokenizer":
+        return load.answers * (12 + FLOAT * RANKS) + EXAMPLE_OF_CACHE * load.examples
+    return 0
 
 
-def loss(shape: Shape, training: Training, load: Load, bf16: bool, distilled: bool) -> int:
-    """Bytes of logits, log-probabilities and their gradients, of one piece."""
-    rows = min(load.losses, max(1, HEAD_ELEMENTS // shape.vocabulary))
-    copies = 3 * FLOAT + (LOW if bf16 else 0)
-    if distilled:
-        copies += 3 * FLOAT
-    if training.label_smoothing > 0:
-        copies += FLOAT
-    return rows * shape.vocabulary * copies
+def writing(shape: Shape, training: Training, load: Load, bf16: bool) -> int:
+    """Bytes that are there while the student writes: keys and values twice, where rows that end are taken out."""
+    if not isinstance(training, Train) or training.method != "on_policy" or training.on_policy.share == 0:
+        return 0
+    ahead = min(training.on_policy.refresh, training.max_steps or training.on_policy.refresh)
+    rows = min(load.examples, training.batch_size) * ahead
+    total = load.prompt + training.on_policy.max_new_tokens
+    cache = FLOAT * 2 * shape.layers * shape.shared * rows * total
+    first = activations.passing(shape, rows * load.prompt, bf16)
+    return cache + max(cache, first, 3 * FLOAT * rows * shape.vocabulary)
 
 
 def memory(
-    shape: Shape, training: Training, load: Load, *, bf16: bool = False, distilled: bool = False, beside: int = 0
-) -> Memory:
+    shape: Shape, training: Training, load: Load, *, bf16: bool = False, teacher: Shape | None = None, file_bytes: int = 0
+) -> Memory:  # fmt: skip
     """The memory of a training on the CPU.
 
     Args:
         bf16: products are made in bf16 (`computes_in_bf16`).
-        distilled: the loss also has a teacher's distributions.
-        beside: weights of other models that are held meanwhile, such as a teacher's.
+        teacher: that is asked while it goes on.
+        file_bytes: of the base's weights in another precision than float32; 0: they are float32, or there is no base.
     """
-    n, full = trained(shape, training), training.tuning == "full"
+    n, full, method = trained(shape, training), training.tuning == "full", method_of(training)
+    own = True if method == "hidden_states" else None
+    relations, maps = kept_of_teacher(shape, training, load, teacher) if teacher else (0, 0)
+    n += maps
     base = FLOAT * shape.parameters
     if training.tuning == "qlora":
-        base = FLOAT * (shape.parameters - shape.in_blocks) + round(0.53 * shape.in_blocks)
+        base = FLOAT * (shape.parameters - shape.in_blocks) + round(FOUR_BIT * shape.in_blocks)
     held = {
-        "libraries": LIBRARIES,
-        "data": PER_EXAMPLE * load.examples + PER_TOKEN * load.all_tokens,
-        "weights": base + FLOAT * (beside + (0 if full else n)),
+        "libraries": LIBRARIES + (TUNING_LIBRARIES if training.tuning in activations.LORA else 0),
+        "data": PER_EXAMPLE * load.examples + PER_TOKEN * load.all_tokens + left_by_pass(training, load),
+        "weights": base + FLOAT * (maps if full else n),
         "moments": 2 * FLOAT * n,
     }  # fmt: skip
+    if teacher:
+        held["teacher"] = FLOAT * teacher.parameters
     rounded = FLOAT * shape.matrices if training.quantization_aware == "int4" else 0
-    copies = round(BF16 * LOW * (shape.in_blocks + shape.table)) if bf16 else 0
-    kept = activations(shape, training, load, bf16) + loss(shape, training, load, bf16, distilled)
-    kept = round((WASTE if training.accumulate == 1 else WASTE_OF_PARTS) * kept)
+    cast = shape.in_blocks // (shape.layers if training.checkpointing else 1) + shape.table
+    copies = round((BF16 if full else 1) * LOW * cast) if bf16 else 0
+    waste = WASTE if full else WASTE_OF_ADDITIONS
+    if training.accumulate > 1 or training.checkpointing:  # two causes, each with its own waste
+        waste *= WASTE_OF_PARTS / WASTE
+    forward = activations.activations(shape, training, load, bf16, own)
+    last = min(forward, load.tokens * sum(activations.per_token(shape, training, bf16, own or not shape.written_out)))
+    rest = relations + activations.loss(shape, training, load, bf16, method)
+    kept = round(waste * forward + (waste if training.accumulate > 1 else WASTE) * rest)
     gradients = FLOAT * n
-    best = FLOAT * n if load.validated else 0
+    best = FLOAT * n if load.held else 0
     table = FLOAT * shape.table if full else 0  # the embedding's gradient is a tensor of its own before it is added
     moments = {
         "forward": rounded + copies + kept + (gradients if training.accumulate > 1 else 0),
-        "backward": rounded + gradients + table + kept // max(1, shape.layers),
+        "backward": rounded + gradients + table + round(waste * last),
         "best": gradients + best,
     }
+    if teacher:
+        logits = FLOAT * 2 * min(load.losses * teacher.vocabulary, activations.HEAD_ELEMENTS)
+        moments["asking"] = gradients + activations.passing(teacher, load.tokens, bf16) + logits
+    if method == "on_policy":
+        moments["writing"] = gradients + writing(shape, training, load, bf16)
+    if file_bytes:
+        moments["loading"] = FLOAT * shape.parameters + file_bytes - held["weights"] - held["moments"]
+    if training.tuning == "qlora":
+        file = file_bytes or FLOAT * shape.parameters
+        moments["loading"] = file - held["moments"]
     if not full:
-        moments["merging"] = gradients + FLOAT * shape.parameters
+        wider = 3 * shape.layers * shape.hidden * shape.ffn if training.tuning == "adapter" else 0  # new matrices
+        merged = FLOAT * (shape.parameters + wider + n)
+        moments["merging"] = merged + file_bytes - held["weights"] - held["moments"] - held.get("teacher", 0)
     together = rounded + copies + kept + gradients + round(BEST * best)
     left = max(0, round(shape.below(MAPPED // FLOAT) * (together - max(moments.values()))))
     return Memory(held, moments, left)

@@ -7,6 +7,7 @@ end token; prompt tokens count `prompt_weight` each. With a prompt weight the mo
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from slmops.core.spec import PREFERENCE, Architecture, Training
 from slmops.errors import DataError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
-    from slmops.train.encode import Encoded, Row
+    from slmops.train.encode import Encoded, Ints, Row
     from slmops.train.network import Network
     from slmops.train.objective import Objective
 
@@ -158,7 +159,7 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     data, validation = encode.encode(rows, tokenizer, limit), encode.encode(held, tokenizer, limit)
     if not len(data.ids):
         raise DataError("all examples were held out for validation", "lower train.holdout or give more examples")
-    require_memory(params, folder, len(tokenizer), data, validation, ctx.seed)
+    require_memory(params, inputs, len(tokenizer), data, validation, ctx)
     if params.architecture:
         model = network.build(params.architecture, tokenizer, ctx.seed)
     return Prepared(data, validation, model, folder, tokenizer, limit)
@@ -189,10 +190,21 @@ def supervised(params: Params, ready: Prepared) -> Objective:
     return Supervised(ready.data, ready.validation, params.training, loss)
 
 
+def rejected_lengths(data: Encoded) -> Ints:
+    """(examples,) tokens of each prompt with its rejected answer: by its characters, as long as those of the chosen one."""
+    import numpy as np
+
+    share = [
+        len(row.example.rejected or "") / max(1, len(row.example.answer or "")) if row.example.rejected else 1.0
+        for row in data.rows
+    ]
+    return np.asarray(data.answer_from + np.ceil(data.answer_tokens * np.array(share)), dtype=np.int64)
+
+
 def require_memory(
-    params: Params, folder: Path, vocabulary: int, data: Encoded, validation: Encoded, seed: int
+    params: Params, inputs: Mapping[str, Path], vocabulary: int, data: Encoded, validation: Encoded, ctx: Context
 ) -> None:  # fmt: skip
-    """Refuse a training that does not fit into what is free, by the tokens that it will really see. Not on a GPU.
+    """Refuse a training that does not fit into what is free, by the tokens that it will really see; say what it needs. Not on a GPU.
 
     Raises:
         ResourceError: with what would make it fit.
@@ -203,20 +215,25 @@ def require_memory(
     from slmops.train.fit import Plan
     from slmops.train.memory import Load
     from slmops.train.network import precision_for
-    from slmops.train.shape import Shape
+    from slmops.train.shape import Shape, lower_bytes
 
-    shape = Shape.of(params.architecture, vocabulary) if params.architecture else Shape.of_folder(folder)
+    scratch = params.architecture is not None
+    shape = Shape.of(params.architecture, vocabulary) if params.architecture else Shape.of_folder(inputs["base"])
     free = available()
     if torch.cuda.is_available() or shape is None or free is None:
         return
 
+    rejected = rejected_lengths(data) if getattr(params.training, "method", "") in PREFERENCE else None
+
     def load(training: Training) -> Load:
-        return Load.of(data.lengths, data.answer_from, training, seed, validation.lengths)
+        return Load.of(data.lengths, data.answer_from, training, ctx.seed, validation.lengths, rejected)
 
     low = precision_for("auto", shape.parameters, "cpu") == "bf16"
-    distilled = getattr(params.training, "method", "") == "logits"
-    plan = Plan("the model", "", shape, params.training, load, params.architecture is not None, low, distilled)
+    teacher = Shape.of_folder(inputs["teacher"]) if "teacher" in inputs else None
+    file = 0 if scratch else lower_bytes(inputs["base"])
+    plan = Plan("the model", "", shape, params.training, load, scratch, low, teacher, file)
     plan.require(free + resident())
+    ctx.progress.log(plan.say(free + resident()))
 
 
 def learn(
@@ -253,14 +270,16 @@ def learn(
     ctx.progress.log(counted(ready, params))
     objective = make_objective(ready, net) if make_objective else supervised(params, ready)
     loop = Loop(net, objective, training, ctx, identity=method)
-    record = {"method": method, "tuning": training.tuning, **loop.run()}
-    plain = ready.model
+    record, facts = {"method": method, "tuning": training.tuning, **loop.run()}, loop.facts()
+    plain, folder = ready.model, ready.tokenizer_folder
     if handle is not None:
         tuning.save_adapter(handle, training, inputs["base"], out)
+        del ready, handle, model, net, objective, loop, plain
+        gc.collect()  # the tuned model goes before its base is read again: they are never there together
         plain = tuning.merged(out / tuning.ADAPTER, inputs["base"])
-    network.save(plain.to("cpu"), ready.tokenizer_folder, out)
+    network.save(plain.to("cpu"), folder, out)
     write_record(record, out)
-    return loop.facts()
+    return facts
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:

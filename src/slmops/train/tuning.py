@@ -60,12 +60,16 @@ def load_4bit(folder: Path) -> Any:
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
             quantization_config=config, device_map={"": device},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be loaded in 4 bits: {str(error).splitlines()[0]}") from error
+    for weight in model.parameters():
+        if weight.is_floating_point():  # it lies in the file's pages, and would hold all of them in memory
+            weight.data = weight.data.clone()
+    return model
 
 
 def block_linears(model: Any) -> dict[str, torch.nn.Linear]:

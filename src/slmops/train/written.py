@@ -190,7 +190,7 @@ class LowRank:
 
         Args:
             x: (…, in) in `low`.
-            out: (…, out), what the layer gave as it was.
+            out: (…, out), what the layer gave as it was; it is changed in place, so that no copies of it come and go.
         """
         import torch
         from torch.nn import functional as F
@@ -200,7 +200,7 @@ class LowRank:
         addition = F.linear(F.linear(dropped, a.to(low)), b.to(low))
         magnitude = weights.get(f"{self.name}.lora_magnitude_vector.default.weight")
         if magnitude is None:
-            return out + self.scale * addition
+            return out.add_(addition, alpha=self.scale)
         with torch.no_grad():
             weight = self.base.weight
             if not weight.is_floating_point():
@@ -210,8 +210,11 @@ class LowRank:
             length = torch.linalg.norm(weight + self.scale * (b @ a), dim=1)
         factor = (magnitude / length).to(low)
         bias = getattr(self.base, "bias", None)
-        plain = out if bias is None else out - bias.to(low)
+        result: torch.Tensor
         if self.dropout and learning:  # as PEFT: the base sees what was dropped too
             plain = F.linear(dropped, self.base.weight.to(low))
-        result: torch.Tensor = out + (factor - 1) * plain + factor * self.scale * addition
-        return result
+            result = out + (factor - 1) * plain + factor * self.scale * addition
+            return result
+        plain = out if bias is None else out - bias.to(low)
+        result = factor * plain.add_(addition, alpha=self.scale)
+        return result if bias is None else result + bias.to(low)
