@@ -35,7 +35,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             "eos_token_id": END,
             "pad_token_id": 0,
         } | changes
-        config = getattr(transformers, f"{architecture}Config")(**settings)
+        kind = "Gemma3Text" if architecture == "Gemma3" else architecture
+        config = getattr(transformers, f"{kind}Config")(**settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()

@@ -26,7 +26,7 @@ from slmops.store import lora
 from tests.train import bases
 
 PROMPT = [{"role": "user", "content": "where is my parcel?"}]
-KINDS = ("qwen3", "llama", "phi3")
+KINDS = bases.ARCHITECTURES
 
 
 @pytest.fixture(scope="module")

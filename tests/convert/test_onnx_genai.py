@@ -87,6 +87,14 @@ def test_two_conversions_give_the_same_bytes(llama: Path, data: Path, tmp_path: 
     assert not any(b"another place" in f.read_bytes() for f in (tmp_path / "b" / "deeper").iterdir())
 
 
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+WIDE = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0}
+STRETCHED = {"full_attention": WIDE, "sliding_attention": PLAIN}
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "max_position_embeddings": 8}
+BOTH = {"full_attention": PLAIN, "sliding_attention": WIDE | {"factor": 2.0}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "changes"),
@@ -96,6 +104,12 @@ def test_two_conversions_give_the_same_bytes(llama: Path, data: Path, tmp_path: 
         ("Qwen2", {}),
         ("Mistral", {"sliding_window": None, "head_dim": 16}),
         ("Phi3", {"original_max_position_embeddings": 64, "tie_word_embeddings": False}),
+        ("Gemma3", {"head_dim": 16, "sliding_window": 8, **MIXED}),
+        ("Gemma3", {"head_dim": 32, "sliding_window": 100, "hidden_size": 80, "rope_parameters": STRETCHED, **MIXED}),
+        (
+            "Gemma3",
+            {"head_dim": 16, "sliding_window": 8, "tie_word_embeddings": False, "rope_parameters": BOTH, **MIXED},
+        ),
     ],
 )
 def test_architectures(
@@ -104,8 +118,9 @@ def test_architectures(
     model = make_model(architecture, **changes)
     convert(model, data, tmp_path / "fp32", precision="fp32")
     facts = convert(model, data, tmp_path / "int4", precision="int4")
-    assert json.loads((tmp_path / "fp32" / "fidelity.json").read_text())["token_agreement"] == 1.0
-    assert not facts["kept_fp32"]
+    fidelity = json.loads((tmp_path / "fp32" / "fidelity.json").read_text())
+    assert fidelity["token_agreement"] == 1.0 and fidelity["max_logit_difference"] < 1e-4
+    assert not facts["kept_fp32"] and facts["rotary_computed"]
 
 
 @pytest.mark.slow
@@ -140,6 +155,9 @@ def test_a_float32_model_that_differs_is_an_error() -> None:
             {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8, "quantization_config": {"bits": 4}},
             "quantised already",
         ),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "both directions"),
+        (GEMMA3 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "type yarn"),
+        (GEMMA3 | {"rope_parameters": STRETCHED | {"sliding_attention": {"rope_type": "dynamic"}}}, "type dynamic"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_first(config: dict[str, object], message: str) -> None:

@@ -25,7 +25,8 @@ def build(kind: str, vocabulary: int, seed: int = 0, hidden: int = 64, layers: i
         return t.LlamaForCausalLM(t.LlamaConfig(**common))
     if kind == "phi3":
         return t.Phi3ForCausalLM(t.Phi3Config(**common, original_max_position_embeddings=context))
-    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**common, head_dim=hidden // 4, sliding_window=64))
+    kinds = ["sliding_attention" if (layers - i) % 2 == 0 else "full_attention" for i in range(layers)]
+    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**common, head_dim=hidden // 4, sliding_window=16, layer_types=kinds))
 
 
 def save(kind: str, tokenizer: Path, out: Path, **settings: Any) -> Path:

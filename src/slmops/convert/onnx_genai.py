@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from slmops.convert import onnx_gemma3
 from slmops.core import runtimes
 from slmops.core.engine import Engine, Sampling
 from slmops.core.example import Example
@@ -125,6 +126,9 @@ def choose(data: Path, count: int) -> list[Example]:
 def build(source: Path, work: Path, *extra: str) -> None:
     """Let the runtime's model builder write its float32 graph and settings into `work`.
 
+    Layers that attend to a window keep the whole past all the same: a cache of the window's size refuses every request for
+    which the runtime reserves fewer tokens than the window has.
+
     Args:
         extra: further options of the builder, such as `fuse_qkv=false`.
     """
@@ -137,7 +141,11 @@ def build(source: Path, work: Path, *extra: str) -> None:
             from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
             place = (None, str(source), str(work), "fp32", "cpu", str(work / "cache"))
-            options = parse_extra_options(*place, ["prune_lm_head=true", "hf_token=false", *extra])
+            wanted = ["prune_lm_head=true", "hf_token=false", "windowed_kv_cache=false", *extra]
+            options = parse_extra_options(*place, wanted)
+            config = options["hf_details"]["hf_config"]
+            if config.architectures[0] == onnx_gemma3.ARCHITECTURE:
+                onnx_gemma3.flatten(config)
             create_model(*place, **options)
         except ImportError as error:
             raise MissingExtraError(f"The model builder ({error.name})", "convert") from error
@@ -183,7 +191,10 @@ def write(
 
     from slmops.convert.onnx_graph import rewrite
 
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     model = onnx.load(work / "model.onnx")
+    if config["architectures"][0] == onnx_gemma3.ARCHITECTURE:
+        onnx_gemma3.correct(model, source)
     if change:
         change(model)
     report = rewrite(
@@ -198,7 +209,6 @@ def write(
     )
     (out / "model.onnx.data").chmod(0o644)
     settings = json.loads((work / "genai_config.json").read_text(encoding="utf-8"))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("bos_token_id") is None:
         settings["model"].pop("bos_token_id", None)
     settings["model"]["context_length"] = config["max_position_embeddings"]

@@ -143,14 +143,25 @@ def _table(name: str, tensors: dict[str, Any], makers: dict[str, Any]) -> tuple[
 
 
 def _compute_rotary(graph: Any) -> bool:
-    """Replace stored tables of cosines and sines (positions, half) by their frequencies, if that gives the same."""
+    """Replace stored tables of cosines and sines (positions, half) by their frequencies, where that gives the same.
+
+    Returns:
+        Whether no table is left.
+    """
+    names = [t.name.removeprefix("cos_cache") for t in graph.initializer if t.name.startswith("cos_cache")]
+    done = [_compute_tables(graph, name) for name in names]
+    return bool(done) and all(done)
+
+
+def _compute_tables(graph: Any, name: str) -> bool:
+    """The same for `cos_cache` and `sin_cache` with a name behind: a model may have several."""
     import numpy as np
     from onnx import helper, numpy_helper
 
     tensors = {t.name: t for t in graph.initializer}
-    if "cos_cache" not in tensors or "sin_cache" not in tensors:
+    if f"sin_cache{name}" not in tensors:
         return False
-    cos, sin = (numpy_helper.to_array(tensors[n]) for n in ("cos_cache", "sin_cache"))
+    cos, sin = (numpy_helper.to_array(tensors[f"{part}_cache{name}"]) for part in ("cos", "sin"))
     if cos.dtype != np.float32 or cos.ndim != 2 or cos.shape[0] < 2:
         return False
     positions = np.arange(cos.shape[0], dtype=np.float32)[:, None]
@@ -159,23 +170,24 @@ def _compute_rotary(graph: Any) -> bool:
     angles = positions * frequencies[None, :]
     if max(np.abs(np.cos(angles) - cos).max(), np.abs(np.sin(angles) - sin).max()) > ROTARY_TOLERANCE:
         return False
-    graph.initializer.append(numpy_helper.from_array(frequencies[None, :], "rotary/f"))
-    graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "rotary/0"))
-    graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "rotary/1"))
-    graph.initializer.append(numpy_helper.from_array(np.array(cos.shape[0], np.int64), "rotary/n"))
-    graph.initializer.append(numpy_helper.from_array(np.array([-1, 1], np.int64), "rotary/column"))
+    here = f"rotary{name}"
+    constants = {
+        "f": frequencies[None, :], "0": np.array(0, np.int64), "1": np.array(1, np.int64),
+        "n": np.array(cos.shape[0], np.int64), "column": np.array([-1, 1], np.int64),
+    }  # fmt: skip
+    graph.initializer.extend(numpy_helper.from_array(value, f"{here}/{key}") for key, value in constants.items())
     made = [
-        helper.make_node("Range", ["rotary/0", "rotary/n", "rotary/1"], ["rotary/i"]),
-        helper.make_node("Cast", ["rotary/i"], ["rotary/p"], to=1),
-        helper.make_node("Reshape", ["rotary/p", "rotary/column"], ["rotary/c"]),
-        helper.make_node("Mul", ["rotary/c", "rotary/f"], ["rotary/a"]),
-        helper.make_node("Cos", ["rotary/a"], ["rotary/cos"]),
-        helper.make_node("Sin", ["rotary/a"], ["rotary/sin"]),
+        helper.make_node("Range", [f"{here}/0", f"{here}/n", f"{here}/1"], [f"{here}/i"]),
+        helper.make_node("Cast", [f"{here}/i"], [f"{here}/p"], to=1),
+        helper.make_node("Reshape", [f"{here}/p", f"{here}/column"], [f"{here}/c"]),
+        helper.make_node("Mul", [f"{here}/c", f"{here}/f"], [f"{here}/a"]),
+        helper.make_node("Cos", [f"{here}/a"], [f"{here}/cos"]),
+        helper.make_node("Sin", [f"{here}/a"], [f"{here}/sin"]),
     ]
     for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in ("cos_cache", "sin_cache"):
-                node.input[i] = "rotary/" + name[:3]
+        for i, read in enumerate(node.input):
+            if read in (f"cos_cache{name}", f"sin_cache{name}"):
+                node.input[i] = f"{here}/{read[:3]}"
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend(made + rest)

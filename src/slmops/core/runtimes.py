@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+)  # fmt: skip
 HEAD_MULTIPLE = 16
 
 
@@ -39,8 +41,22 @@ def onnx_genai(config: Mapping[str, Any]) -> Refusal | None:
         return Refusal("the model is quantised already", "give the model in full precision")
     if not config.get("max_position_embeddings"):
         return Refusal("config.json has no max_position_embeddings", "say how many tokens the context holds")
+    if names[0] == "Gemma3ForCausalLM" and (refusal := _gemma3(config)):
+        return refusal
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
         return Refusal("config.json has no hidden_size or num_attention_heads", "fetch the model again")
     found = head_size(hidden, heads, config.get("head_dim"))
     return found and Refusal(found.message, "give a model with other heads")
+
+
+def _gemma3(config: Mapping[str, Any]) -> Refusal | None:
+    """What the graph of a Gemma 3 has no place for. Rotary settings: one group per type of layer, or the older flat form."""
+    if config.get("use_bidirectional_attention"):
+        return Refusal("attention in both directions cannot be converted to ONNX", "give a model that generates")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    groups = [group for group in rope.values() if isinstance(group, Mapping)] or [rope]
+    for kind in sorted(str(group.get("rope_type") or group.get("type") or "default") for group in groups):
+        if kind not in ("default", "linear"):
+            return Refusal(f"rotary positions of type {kind} cannot be converted to ONNX", "these can: default, linear")
+    return None
