@@ -109,6 +109,36 @@ def test_another_architecture_goes_through_its_own_code(tok: Any, encoded: Any) 
                 )
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+        ("Phi3", {}),
+        ("Mistral", {}),
+    ],
+)
+def test_packing_keeps_the_windows_of_attention(kind: str, settings: dict, tok: Any, encoded: Any) -> None:
+    import transformers
+
+    common = {
+        "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "initializer_range": 0.3, "max_position_embeddings": 64,
+    }  # fmt: skip
+    losses = []
+    for window in (4, 60):
+        config = getattr(transformers, f"{kind}Config")(**common, sliding_window=window, **settings)
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
+        net = network.Network(model.eval())
+        for mode in ("bucket", "pack"):
+            part = collate(encoded, range(6), 0.0, mode)
+            with torch.no_grad():
+                losses.append(float(part_loss(net, net.weights, part, cross_entropy(FAST))))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[3] == pytest.approx(losses[2], rel=1e-5)
+    assert abs(losses[0] - losses[2]) > 1e-3 * losses[0], "the window matters"
+
+
 def test_large_vocabularies_are_projected_in_pieces(tok: Any, encoded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from slmops.train import objective
 

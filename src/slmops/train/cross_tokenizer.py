@@ -39,7 +39,7 @@ LEAST = 1e-6
 
 DECLARATION = Declaration(
     name="train.cross_tokenizer",
-    version="1",
+    version="2",
     makes="model",
     takes={"aligned": "logits"} | sft.TAKES,
     extra="train",

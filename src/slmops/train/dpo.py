@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DECLARATION = Declaration(
     name="train.dpo",
-    version="1",
+    version="2",
     makes="model",
     takes=pairs.TAKES,
     extra="train",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from slmops.train.network import Network
     from slmops.train.objective import Objective
 
-VERSION = "3"
+VERSION = "4"
 EVERY_S = 20.0
 POINTS = 200
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -123,6 +123,24 @@ def frozen(folder: Path, precision: str) -> Network:
     return Network(model, device, precision_for(precision, count, device) == "bf16")
 
 
+def masks(config: Any, mask: torch.Tensor) -> Any:
+    """A mask as the model's own code takes it, with the windows of layers that look back only so far.
+
+    Args:
+        mask: (B, 1, T, T) bool: what each token may look at; transformers takes it as it is and adds no window.
+
+    Returns:
+        It, or a narrower one, or one per type of layer.
+    """
+    import torch
+
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or (kinds and "sliding_attention" not in kinds):
+        return mask
+    near = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1 - window)
+    return {"full_attention": mask, "sliding_attention": near} if kinds else near
+
+
 class Network:
     """A model with its weights by name (tied ones once).
 
@@ -240,7 +258,7 @@ class Network:
             return Written(self, weights, dropout).hidden(part)
         options: dict[str, Any] = {"input_ids": part.ids, "use_cache": False}
         if part.mask is not None:
-            options |= {"attention_mask": part.mask, "position_ids": part.positions}
+            options |= {"attention_mask": masks(self.model.config, part.mask), "position_ids": part.positions}
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             if self.path == "whole":
                 out = torch.func.functional_call(self.model, dict(weights), (), options).logits

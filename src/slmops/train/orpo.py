@@ -28,7 +28,7 @@ LEAST = 1e-6
 
 DECLARATION = Declaration(
     name="train.orpo",
-    version="1",
+    version="2",
     makes="model",
     takes=pairs.TAKES,
     extra="train",

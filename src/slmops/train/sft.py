@@ -37,7 +37,7 @@ TAKES = {
 
 DECLARATION = Declaration(
     name="train.sft",
-    version="3",
+    version="4",
     makes="model",
     takes=TAKES,
     extra="train",
