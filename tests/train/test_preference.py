@@ -1,10 +1,11 @@
-"""Preference methods: the numbers of their papers on real architectures, what every training promises, the refusals."""
+"""Preference methods: the numbers of their papers on real architectures, rewards, the reference, the refusals.
+
+What every training promises is in test_contract.py."""
 
 from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +23,11 @@ from slmops.errors import DataError
 from slmops.train import dpo, loop, network, orpo, pairs, sft
 from slmops.train.encode import Encoded, Row, encode, load_tokenizer
 from tests.train import bases
-from tests.train.conftest import LABELS, TINY, examples, write_rows
+from tests.train.conftest import TINY, examples, write_rows
+from tests.train.shelf import Stop, ranked
 
 METHODS: Mapping[str, Any] = {"dpo": dpo, "orpo": orpo}
-TUNINGS = ("full", "lora", "rslora", "dora", "qlora", "adapter")
 FAST = Train(epochs=3, batch_size=8, learning_rate=5e-3, evaluations=3, lora=Lora(rank=4), adapter_width=32)
-
-
-def ranked(count: int, seed: int = 0) -> list[Example]:
-    """Messages with their label as the chosen answer and a longer text about another label as the rejected one."""
-    rng = random.Random(seed)
-    return [
-        replace(e, rejected=f"{rng.choice([label for label in sorted(LABELS) if label != e.answer])} i guess")
-        for e in examples(count, seed)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +155,6 @@ def test_odds_of_sure_and_hopeless_answers_stay_finite() -> None:
     torch.testing.assert_close(value[2:4].detach().double(), (p / (1 - p)).log(), rtol=1e-4, atol=1e-5)
 
 
-class Stop(BaseException):
-    """Ends a training as a kill would: nothing handles it."""
-
-
 class Stopping(SilentProgress):
     """Stops after some training steps (whose advances carry a note); counts pairs that the reference was run on."""
 
@@ -186,23 +174,13 @@ class Stopping(SilentProgress):
                 raise Stop
 
 
-QUICK = {("dpo", "lora"), ("orpo", "full")}
-
-
-@pytest.mark.parametrize(
-    ("method", "tuning_name", "kind"),
-    [
-        pytest.param(m, t, k, marks=() if (m, t) in QUICK and k == "qwen3" else pytest.mark.slow)
-        for m in METHODS
-        for t in TUNINGS
-        for k in bases.ARCHITECTURES
-    ],
-)
-def test_contract(
-    method: str, tuning_name: str, kind: str, base: Callable[[str], Path], pairs_folder: Path, tmp_path: Path,
+@pytest.mark.parametrize("tuning_name", ["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_rewards_rise_over_a_reference_that_is_run_once(
+    method: str, tuning_name: str, base: Callable[[str], Path], pairs_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    p, folder, out = params(method, tuning=tuning_name), base(kind), tmp_path / "whole"
+    p, folder, out = params(method, tuning=tuning_name), base("qwen3"), tmp_path / "whole"
     whole = Stopping()
     facts = train(p, pairs_folder, folder, out, tmp_path / "s1", whole)
     found = record(out)
@@ -210,15 +188,8 @@ def test_contract(
     assert looks[-1]["validation_loss"] < looks[0]["validation_loss"] < found["points"][0]["train_loss"]
     assert facts["validation_reward_accuracy"] > 0.8 and facts["validation_reward_margin"] > 0
     assert looks[-1]["reward_margin"] > looks[0]["reward_margin"]
-    if (
-        method == "dpo" and tuning_name != "qlora"
-    ):  # additions of zero: the model is its reference before the first step
+    if method == "dpo":  # additions of zero: the model is its reference before the first step
         assert found["points"][0]["train_loss"] == pytest.approx(0.693147, abs=2e-5)
-    ids = torch.arange(20)[None] * 13 % 300
-    with torch.no_grad():
-        tuned = AutoModelForCausalLM.from_pretrained(out)(ids).logits
-        assert not torch.allclose(tuned, AutoModelForCausalLM.from_pretrained(folder)(ids).logits, atol=1e-3)
-
     monkeypatch.setattr(loop, "EVERY_S", 0.0)
     cut, again = tmp_path / "cut", []
     for stop in (3, 5, 9, None):
@@ -229,10 +200,8 @@ def test_contract(
             with pytest.raises(Stop):
                 train(p, pairs_folder, folder, cut, tmp_path / "s2", progress)
         again.append(progress.reference)
-    assert sum(line.startswith("going on") for line in progress.lines) == 1
     assert again == [80 if method == "dpo" else 0, 0, 0, 0]
-    for file in sorted(f.relative_to(out) for f in out.rglob("*") if f.is_file()):
-        assert (cut / file).read_bytes() == (out / file).read_bytes(), file
+    assert record(cut) == found
 
 
 def test_a_reference_that_was_cut_goes_on(

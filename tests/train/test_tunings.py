@@ -1,9 +1,9 @@
-"""What every tuning promises, on tiny models of four real architectures: it learns while the base stays, resumes to the
-same bytes, PEFT and transformers load what it saved, and the merged model is the tuned one."""
+"""The tunings' numbers: losses and gradients of PEFT's own layers, dropout, checkpointing; and the refusals.
+
+What every training with a tuning promises is in test_contract.py."""
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-from slmops.core.method import Context, SilentProgress
+from slmops.core.method import Context
 from slmops.core.spec import Lora, Training
 from slmops.errors import ModelError, TrainingError
-from slmops.train import loop, network, sft, tuning
+from slmops.train import network, sft, tuning
 from slmops.train.batches import collate
 from slmops.train.encode import Row, encode, load_tokenizer
 from slmops.train.objective import cross_entropy, part_loss
@@ -26,7 +24,6 @@ from tests.train.conftest import examples
 
 NEW = ("lora", "rslora", "dora", "qlora", "adapter")
 FAST = Training(epochs=3, batch_size=16, learning_rate=1e-2, evaluations=3, lora=Lora(rank=4), adapter_width=32)
-MATRIX = [(kind, name) for kind in bases.ARCHITECTURES for name in ("full", *NEW)]
 
 
 @pytest.fixture(scope="session")
@@ -46,82 +43,9 @@ def params(name: str, **training: Any) -> sft.Params:
     return sft.Params(training=t, files=("data/teacher.jsonl",), validation="data/validation.jsonl")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "dora", "qlora", "adapter"])
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "phi3"])
-def test_what_was_tuned_runs_in_onnx_runtime_genai(
-    kind: str, name: str, base: Callable[[str], Path], data: Path, tmp_path: Path
-) -> None:
-    """The rest of the chain takes the result of every tuning: converted, it writes the same tokens as in torch."""
-    from slmops.convert import onnx_genai
-
-    train(params(name), data, base(kind), tmp_path / "model", tmp_path / "s")
-    (tmp_path / "onnx").mkdir()
-    ctx = Context(0, tmp_path / "s", tmp_path / "s")
-    convert = onnx_genai.Params(precision="fp32", fidelity_prompts=12)
-    onnx_genai.run(convert, {"model": tmp_path / "model", "data": data}, tmp_path / "onnx", ctx)
-    assert json.loads((tmp_path / "onnx" / "fidelity.json").read_text())["token_agreement"] == 1.0
-
-
-class Stop(BaseException):
-    """Ends a training as a kill would: nothing handles it."""
-
-
-class Stopping(SilentProgress):
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.left = after
-
-    def advance(self, done: int = 1, note: str = "") -> None:
-        self.left -= done
-        if self.left <= 0 and note:
-            raise Stop
-
-
-def train(
-    p: sft.Params, data: Path, base: Path, out: Path, scratch: Path, progress: SilentProgress | None = None
-) -> dict:
+def train(p: sft.Params, data: Path, base: Path, out: Path, scratch: Path) -> dict:
     out.mkdir(exist_ok=True)
-    ctx = Context(3, scratch, scratch, 1, progress or SilentProgress())
-    return sft.run(p, {"data": data, "base": base}, out, ctx)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [pytest.param(*case, marks=() if case[0] == "qwen3" else pytest.mark.slow) for case in MATRIX],
-)
-def test_contract(
-    kind: str, name: str, base: Callable[[str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    p, folder, out = params(name), base(kind), tmp_path / "whole"
-    before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    facts = train(p, data, folder, out, tmp_path / "s1")
-    record = json.loads((out / "training.json").read_text())
-    losses = [point["validation_loss"] for point in record["points"] if point["validation_loss"] is not None]
-    assert losses[-1] < losses[0] < record["points"][0]["train_loss"]
-    assert (facts["trained_parameters"] == facts["parameters"]) == (name == "full")
-
-    ids = torch.arange(20)[None] * 13 % 300
-    with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits
-        untouched = AutoModelForCausalLM.from_pretrained(folder)
-        assert not torch.allclose(merged, untouched(ids).logits, atol=1e-3)
-        if name not in ("full", "adapter"):
-            tuned = PeftModel.from_pretrained(untouched, str(out / "adapter")).eval()
-            torch.testing.assert_close(tuned(ids).logits, merged, atol=1e-4, rtol=1e-3)
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
-
-    monkeypatch.setattr(loop, "EVERY_S", 0.0)
-    cut, resumed = tmp_path / "cut", 0
-    for stop in (3, 5, 9):
-        with pytest.raises(Stop):
-            train(p, data, folder, cut, tmp_path / "s2", Stopping(stop))
-    progress = SilentProgress()
-    train(p, data, folder, cut, tmp_path / "s2", progress)
-    resumed = sum(line.startswith("going on") for line in progress.lines)
-    assert resumed == 1
-    for file in sorted(f.relative_to(out) for f in out.rglob("*") if f.is_file()):
-        assert (cut / file).read_bytes() == (out / file).read_bytes(), file
+    return sft.run(p, {"data": data, "base": base}, out, Context(3, scratch, scratch))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
