@@ -175,6 +175,38 @@ def test_a_new_project_can_be_planned_and_is_not_overwritten(tmp_path: Path, slm
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_the_plan_counts_both_answers_of_a_pair(tmp_path: Path, slmops: Slmops) -> None:
+    from slmops.core.spec import Architecture, TokenizerSpec, Training
+    from slmops.train.estimate import estimate
+
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "slmops.yaml").write_text(
+        "name: pairs\ntask: {type: generation}\ndata: {path: rows.jsonl, splits: {test: 0.2, validation: 0.1}}\n"
+        "student: {model: {layers: 2, hidden: 64}}\ntrain: {method: orpo, epochs: 1000, batch_size: 16}\n"
+    )
+    rows = [{"prompt": f"question number {n}", "chosen": f"yes {n}", "rejected": "no idea"} for n in range(200)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert slmops("run", "data", folder=folder).code == 0
+    steps = {step["step"]: step for step in json.loads(slmops("plan", "--json", folder=folder).out)["steps"]}
+    assert steps["student"]["method"] == "train.orpo"
+    (info,) = (folder / ".slmops" / "store" / "trees").glob("*/info.json")
+    count = json.loads(info.read_text())["files"]["gold"]["examples"]
+    single, double = (
+        estimate(
+            Architecture(layers=2, hidden=64),
+            TokenizerSpec().vocabulary,
+            Training(epochs=1000, batch_size=16),
+            count,
+            threads=1,
+            answers=n,
+        )
+        for n in (1, 2)
+    )
+    assert double.tokens == 2 * single.tokens and double.steps == single.steps
+    assert steps["student"]["estimate"]["seconds"] == double.seconds > 1.5 * single.seconds
+
+
 def test_the_plan_says_which_downloads_can_change_under_its_name(tmp_path: Path, slmops: Slmops) -> None:
     folder = write_project(tmp_path / "project")
     free = slmops("plan", "--set", "data.path=hf:org/name", "--set", "data.format=huggingface", folder=folder)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slmops.core.spec import Architecture
+from slmops.core.spec import PREFERENCE, Architecture
 from slmops.flow.memory import plan_of
 from slmops.flow.state import State, Status
 from slmops.store.files import read_json
@@ -80,8 +80,9 @@ def estimate(state: State, status: Status, survey: Sequence[Status]) -> Cost:
         return Cost(0.0, 24.0 * plan.shape.parameters, needed, unknown=True)
     architecture = Architecture.model_validate(step.params["architecture"], strict=False)
     guess = training_estimate(
-        architecture, plan.shape.vocabulary, plan.training, examples or 1, threads=state.threads(step)
-    )
+        architecture, plan.shape.vocabulary, plan.training, examples or 1, threads=state.threads(step),
+        answers=2 if step.method.removeprefix("train.") in PREFERENCE else 1,
+    )  # fmt: skip
     disk = guess.disk_bytes + guess.model_bytes
     return Cost(guess.seconds if examples is not None else 0.0, disk, needed, unknown=examples is None)
 

@@ -47,6 +47,7 @@ def estimate(
     tokens_per_example: float = 24.0,
     threads: int = 2,
     bf16: bool = False,
+    answers: int = 1,
 ) -> Estimate:
     """Guess memory, disk and time of a training from scratch.
 
@@ -54,11 +55,12 @@ def estimate(
         examples: training examples.
         tokens_per_example: mean length of prompt and answer; messages of ten words have about 20.
         bf16: whether the processor multiplies bfloat16.
+        answers: of an example, each read with its prompt: 2 where methods learn from pairs.
     """
     count = parameters(architecture, vocabulary)
     per_epoch = max(1, math.ceil(examples / training.batch_size))
     steps = training.max_steps or max(1, math.ceil(training.epochs * per_epoch))
-    tokens = int(steps * min(training.batch_size, max(1, examples)) * tokens_per_example)
+    tokens = int(steps * min(training.batch_size, max(1, examples)) * answers * tokens_per_example)
     shape = Shape.of(architecture, vocabulary)
     load = Load.guess(training, examples, 0.6 * tokens_per_example, 0.4 * tokens_per_example)
     needed = memory(shape, training, load, bf16=computes_in_bf16(training, shape, bf16)).peak
