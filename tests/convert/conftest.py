@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from slmops.engines.minimal import END, VOCABULARY, _write_tokenizer
+from tests.train import bases
 
 MakeModel = Callable[..., Path]
 
@@ -17,29 +18,16 @@ MakeModel = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     import torch
-    import transformers
+    from transformers import AutoModelForCausalLM
 
     def make(architecture: str = "Llama", **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(architecture)
         _write_tokenizer(folder)
-        settings: dict[str, Any] = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "intermediate_size": 96,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": END,
-            "pad_token_id": 0,
-        } | changes
-        kind = "Gemma3Text" if architecture == "Gemma3" else architecture
-        config = getattr(transformers, f"{kind}Config")(**settings)
+        settings = {"intermediate_size": 96, "max_position_embeddings": 64, "eos_token_id": END} | changes
+        config = bases.config(architecture, VOCABULARY, **settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+            model = AutoModelForCausalLM.from_config(config).eval()
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     torch.nn.init.normal_(parameter, std=0.15)

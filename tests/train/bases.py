@@ -8,25 +8,39 @@ from typing import Any
 ARCHITECTURES = ("qwen3", "llama", "phi3", "gemma3")
 
 
+def config(kind: str, vocabulary: int, **changes: Any) -> Any:
+    """The configuration of a small model; `kind` is an architecture as transformers writes it, in any case."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 4,
+        "tie_word_embeddings": True,
+    } | changes  # fmt: skip
+    name = "gemma3text" if kind.lower() == "gemma3" else kind.lower()
+    classes = {known.lower(): known for known in dir(transformers) if known.endswith("Config")}
+    return getattr(transformers, classes[f"{name}config"])(**settings)
+
+
 def build(kind: str, vocabulary: int, seed: int = 0, hidden: int = 64, layers: int = 2, context: int = 128) -> Any:
     """A float32 model of an architecture."""
     import torch
-    import transformers as t
+    from transformers import AutoModelForCausalLM
 
-    common: dict[str, Any] = {
-        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": context, "pad_token_id": 0,
-        "bos_token_id": None, "eos_token_id": 4, "initializer_range": hidden**-0.5, "tie_word_embeddings": True,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    if kind == "qwen3":
-        return t.Qwen3ForCausalLM(t.Qwen3Config(**common, head_dim=hidden // 4))
-    if kind == "llama":
-        return t.LlamaForCausalLM(t.LlamaConfig(**common))
+    own: dict[str, Any] = {}
     if kind == "phi3":
-        return t.Phi3ForCausalLM(t.Phi3Config(**common, original_max_position_embeddings=context))
-    kinds = ["sliding_attention" if (layers - i) % 2 == 0 else "full_attention" for i in range(layers)]
-    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**common, head_dim=hidden // 4, sliding_window=16, layer_types=kinds))
+        own = {"original_max_position_embeddings": context}
+    elif kind != "llama":
+        own = {"head_dim": hidden // 4}
+    if kind == "gemma3":
+        kinds = ["sliding_attention" if (layers - i) % 2 == 0 else "full_attention" for i in range(layers)]
+        own |= {"sliding_window": 16, "layer_types": kinds}
+    settings = config(
+        kind, vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        max_position_embeddings=context, initializer_range=hidden**-0.5, **own,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
 
 def save(kind: str, tokenizer: Path, out: Path, **settings: Any) -> Path:

@@ -32,7 +32,10 @@ from tests.train.shelf import METHODS, MODULES, TUNINGS, Shelf, Stop, Stopping, 
 
 PLAIN_FILES = {"config.json", "model.safetensors", "training.json", "tokenizer.json"}
 CASES = [(method, tuning, kind) for kind in bases.ARCHITECTURES for method in METHODS for tuning in TUNINGS]
-SETTINGS = {"llama": {"dropout": 0.1, "accumulate": 2, "lora": {"rank": 4, "dropout": 0.1}}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {"dropout": 0.1, "accumulate": 2, "lora": {"rank": 4, "dropout": 0.1}},
+    "gemma3": {"dropout": 0.1, "batching": "pack", "checkpointing": True},
+}
 """Chance and parts of a batch, so that what resumes exactly is more than the plainest training."""
 QUICK = {("sft", "lora", "qwen3"), ("logits", "full", "qwen3"), ("dpo", "lora", "qwen3"), ("orpo", "full", "qwen3")}
 

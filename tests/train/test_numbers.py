@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from slmops.convert.rounding import round_matrix
 from slmops.core.spec import Architecture, Training
-from slmops.train import network
+from slmops.errors import TrainingError
+from slmops.train import dropout, network
 from slmops.train.batches import collate, epoch_plan, pack_rows
 from slmops.train.encode import Row, encode, load_tokenizer
 from slmops.train.estimate import estimate, parameters
 from slmops.train.loop import Schedule
 from slmops.train.objective import cross_entropy, part_loss
 from slmops.train.quantization_aware import fake_int4, int4_blocks
+from tests.train import bases
 from tests.train.conftest import FAST, TINY, examples
 
 
@@ -137,6 +139,61 @@ def test_packing_keeps_the_windows_of_attention(kind: str, settings: dict, tok: 
                 losses.append(float(part_loss(net, net.weights, part, cross_entropy(FAST))))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[3] == pytest.approx(losses[2], rel=1e-5)
     assert abs(losses[0] - losses[2]) > 1e-3 * losses[0], "the window matters"
+
+
+def test_dropout_has_the_same_places_in_a_models_own_code(
+    tok: Any, encoded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the same features are dropped each time, both ways give the same loss and gradients."""
+    part = collate(encoded, range(6), 0.0, "bucket")
+    found = []
+
+    def every_third(x: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Tensor:
+        return x * (torch.arange(x.shape[-1]) % 3 != 0) if p and training else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", every_third)
+    for path in ("fast", "head"):
+        net = network.Network(network.build(TINY["qwen3"], tok, 1))
+        net.path = path
+        net.learn(True)
+        loss = part_loss(net, net.weights, part, cross_entropy(FAST), 0.3)
+        loss.backward()
+        found.append({"loss": loss.detach()} | {name: weight.grad for name, weight in net.weights.items()})
+        net.learn(False)
+        found[-1]["plain"] = part_loss(net, net.weights, part, cross_entropy(FAST)).detach()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)
+    assert abs(float(found[0]["loss"] - found[0]["plain"])) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["phi3", "gemma3"])
+def test_dropout_reaches_models_that_are_not_written_out(kind: str, encoded: Any) -> None:
+    net = network.Network(bases.build(kind, 400))
+    part = collate(encoded, range(6), 0.0, "bucket")
+
+    def loss(dropout: float, seed: int) -> float:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return float(part_loss(net, net.weights, part, cross_entropy(FAST), dropout))
+
+    before = loss(0.0, 0)
+    net.learn(True)
+    assert loss(0.2, 1) == loss(0.2, 1) != loss(0.2, 2)
+    assert before not in (loss(0.2, 1), loss(0.2, 2))
+    drops = net.dropout
+    assert drops is not None and drops.share == 0.2
+    net.learn(False)
+    assert drops.share == 0.0, "a model that writes an answer through its own code drops nothing"
+    assert loss(0.0, 3) == before
+
+
+def test_dropout_without_a_place_is_refused() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(TrainingError, match="dropout has no place in a model of type mamba") as caught:
+        dropout.Dropout(model)
+    assert caught.value.hint
 
 
 def test_large_vocabularies_are_projected_in_pieces(tok: Any, encoded: Any, monkeypatch: pytest.MonkeyPatch) -> None:

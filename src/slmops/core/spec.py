@@ -173,7 +173,7 @@ class Training(Value):
     warmup: Share = Field(0.05, description="share of the steps with rising learning rate")
     final_learning_rate: Share = Field(0.02, description="where the cosine ends, as a share of learning_rate")
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    dropout: Share = 0.0
+    dropout: Share = Field(0.0, description="of the embedding and of what each attention and feed-forward block adds")
     label_smoothing: Share = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slmops.core.spec import Architecture
 from slmops.errors import ModelError
 from slmops.train.batches import Part
+from slmops.train.dropout import Dropout
 from slmops.train.encode import TOKENIZER_FILES
 from slmops.train.estimate import ffn_width
 from slmops.train.written import ROWS, LowRank, Written
@@ -150,6 +151,7 @@ class Network:
         trained: those of them that have gradients: all, or a tuning's new ones.
         matrices: names of the weights that 4-bit conversion rounds: all Linear layers and the token embedding.
         path: `fast`, `head` or `whole`: how logits are computed.
+        dropout: where the model's own code drops, once `may_drop` was called.
         learning: whether dropout inside a tuning's layers, and recomputing of activations, are on.
     """
 
@@ -160,6 +162,7 @@ class Network:
         self.device = device
         self.bf16 = bf16
         self.checkpointing = checkpointing
+        self.dropout: Dropout | None = None
         self.learning = True  # as long as it was not switched
         self.layers = LowRank.of(self.model)
         self.modules = dict(self.model.named_modules())
@@ -221,6 +224,8 @@ class Network:
             return
         self.learning = on
         self.model.eval()
+        if self.dropout is not None:
+            self.dropout.share = 0.0  # until a step asks for more; what it drops is computed again in its backward pass
         for name, module in self.modules.items():
             if isinstance(module, torch.nn.Dropout) and ".lora_dropout." in name:
                 module.train(on)
@@ -230,6 +235,15 @@ class Network:
                 )
             if self.checkpointing and hasattr(module, "gradient_checkpointing"):
                 module.training = on
+
+    def may_drop(self) -> None:
+        """Get ready for dropout above 0.
+
+        Raises:
+            TrainingError: the model has no place for it.
+        """
+        if self.path != "fast" and self.dropout is None:
+            self.dropout = Dropout(self.model)
 
     def logits(self, weights: Weights, part: Part, dropout: float = 0.0) -> torch.Tensor:
         """(P, vocabulary) float32 logits at `part.where`. `weights` stand in for the model's own."""
@@ -256,6 +270,10 @@ class Network:
 
         if self.path == "fast":
             return Written(self, weights, dropout).hidden(part)
+        if dropout:
+            self.may_drop()
+        if self.dropout is not None:
+            self.dropout.share = dropout
         options: dict[str, Any] = {"input_ids": part.ids, "use_cache": False}
         if part.mask is not None:
             options |= {"attention_mask": masks(self.model.config, part.mask), "position_ids": part.positions}

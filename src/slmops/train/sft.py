@@ -261,6 +261,8 @@ def learn(
     count = sum(p.numel() for p in model.parameters())
     bf16 = network.precision_for(training.precision, count, device) == "bf16"
     net = network.Network(model, device, bf16, training.checkpointing)
+    if training.dropout:
+        net.may_drop()
     moved = sum(w.numel() for w in net.trained.values())
     ctx.progress.log(
         f"{count / 1e6:.2f} M parameters{'' if handle is None else f', {moved / 1e6:.3f} M of them trained ({training.tuning})'}, "
