@@ -12,9 +12,11 @@ from ruamel.yaml import YAML
 
 from slmops.core.example import Example
 from slmops.core.spec import Architecture, Spec
+from slmops.flow.planner import plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*/*.yaml"))
+DISTILLED = [path for path in FILES if path.parent.name in ("banking77", "clinc150", "snips")]
 
 
 def read(path: Path) -> Spec:
@@ -25,14 +27,20 @@ def test_all_presets_are_there():
     names = [f"{path.parent.name}/{path.name}" for path in FILES]
     assert names == [
         "banking77/slmops.yaml", "clinc150/all-gold.yaml", "clinc150/data-free.yaml", "clinc150/slmops.yaml",
-        "snips/slmops.yaml",
+        "snips/slmops.yaml", "tunings/banking77.yaml", "tunings/clinc150.yaml", "wordnet/slmops.yaml",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_project_can_be_planned(path: Path):
+    spec = read(path)
+    assert plan(spec)
+    assert spec.licence, "the bundle has to say the licence of what it learned from"
+
+
+@pytest.mark.parametrize("path", DISTILLED, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_a_preset_is_valid_and_its_parts_fit_each_other(path: Path):
     spec = read(path)
-    assert spec.licence, "the bundle has to say the licence of what it learned from"
     assert spec.teacher and spec.teacher.model and spec.student.model
     assert spec.train.block_size == spec.convert.block_size
     for model in (spec.teacher.model, spec.student.model):
@@ -44,7 +52,7 @@ def test_a_preset_is_valid_and_its_parts_fit_each_other(path: Path):
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if p.parent.name != "snips"], ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "path", [p for p in DISTILLED if p.parent.name != "snips"], ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_the_student_has_less_than_a_twentieth_of_the_weights(path: Path):
     spec = read(path)
@@ -77,13 +85,17 @@ def test_the_readme_names_licence_and_source_and_no_data_is_there(name: str):
     assert not [p.name for p in (EXAMPLES / name).glob("*") if p.suffix in (".csv", ".json", ".jsonl", ".parquet")]
 
 
-@pytest.fixture(scope="module")
-def snips() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert", EXAMPLES / "snips" / "convert.py")
+def converter(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"convert_{name}", EXAMPLES / name / "convert.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def snips() -> ModuleType:
+    return converter("snips")
 
 
 def test_snips_slots_become_arguments_and_repeated_ones_a_list_in_order(snips: ModuleType):
@@ -106,3 +118,18 @@ def test_snips_converts_both_files(snips: ModuleType, tmp_path: Path):
         rows = (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
         assert len(rows) == 2
         assert json.loads(rows[0])["messages"][1]["content"] == '{"name":"GetWeather","arguments":{}}'
+
+
+def test_a_wordnet_set_becomes_definition_word_and_example(tmp_path: Path):
+    """A set of two words, one with a mark of its syntax, in the layout of wndb(5WN); the licence's lines are left out."""
+    licence = "  1 This software and database is provided\n"
+    lines = '00001740 00 a 02 able(p) 0 fit_for 0 001 ! 00002098 a 0101 | having the means; "able to swim all day"; "able men"\n'
+    for name in ("noun", "verb", "adj", "adv"):
+        (tmp_path / f"data.{name}").write_text(licence + (lines if name == "adj" else ""))
+    converter("wordnet").main(tmp_path, tmp_path / "out")
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "out" / "wordnet.jsonl").read_text().splitlines()]
+    assert [[turn["content"] for turn in row] for row in rows] == [
+        ["which words mean: having the means", "able, fit for"],
+        ["what does able mean", "having the means"],
+        ["able to swim all day", "able, fit for"],
+    ]
