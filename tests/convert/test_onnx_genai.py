@@ -76,6 +76,11 @@ def test_small_files(llama: Path, fp32: Path, data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_the_runtime_keeps_no_memory_plan_for_each_length_of_prompt(fp32: Path) -> None:
+    settings = json.loads((fp32 / "genai_config.json").read_text())
+    assert settings["model"]["decoder"]["session_options"]["enable_mem_pattern"] is False
+
+
 def test_two_conversions_give_the_same_bytes(llama: Path, data: Path, tmp_path: Path) -> None:
     moved = tmp_path / "another place" / "model"
     shutil.copytree(llama, moved)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DECLARATION = Declaration(
     name="convert.onnx_adapters",
-    version="1",
+    version="2",
     makes="model",
     takes={"base": "model", "adapter*": "model", "data*": "dataset"},
     extra="convert",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DECLARATION = Declaration(
     name="convert.onnx_genai",
-    version="1",
+    version="2",
     makes="model",
     takes={"model": "model", "data": "dataset"},
     extra="convert",
@@ -214,6 +214,9 @@ def write(
     settings["model"]["context_length"] = config["max_position_embeddings"]
     settings["search"] = {k: v for k, v in settings["search"].items() if k in SEARCH}
     settings["search"].update(max_length=config["max_position_embeddings"], do_sample=False)
+    settings["model"]["decoder"].setdefault("session_options", {})["enable_mem_pattern"] = (
+        False  # one a length of prompt
+    )
     (out / "genai_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

@@ -154,7 +154,7 @@ def _write_onnx(folder: Path) -> None:
     present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     decoder = {
         "filename": "model.onnx", "head_size": head, "hidden_size": HIDDEN, "num_attention_heads": HEADS,
-        "num_hidden_layers": 1, "num_key_value_heads": HEADS, "session_options": {"provider_options": []},
+        "num_hidden_layers": 1, "num_key_value_heads": HEADS, "session_options": {"provider_options": [], "enable_mem_pattern": False},
         "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names},
         "outputs": {"logits": "logits", **present},
     }  # fmt: skip

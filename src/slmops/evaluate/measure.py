@@ -24,7 +24,7 @@ from slmops.errors import DataError, ModelError, UsageError
 
 DECLARATION = Declaration(
     name="evaluate.measure",
-    version="1",
+    version="2",
     makes="measurement",
     takes={"model*": "model", "data": "dataset"},
     extra="runtime",
