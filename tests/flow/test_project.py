@@ -187,6 +187,22 @@ def test_preference_methods_are_planned(tmp_path: Path) -> None:
         assert found["student"].params["files"] == ["data/gold.jsonl"]
 
 
+def test_shards_are_steps_that_wait_for_each_other_nowhere(tmp_path: Path) -> None:
+    steps = {step.id: step for step in plan(load(write(tmp_path, GOOD), ["synthesize.shards=3"]).spec)}
+    parts = [steps[f"answers-{n}"] for n in (1, 2, 3)]
+    assert "answers" not in steps
+    assert [(part.params["part"], part.params["parts"]) for part in parts] == [(0, 3), (1, 3), (2, 3)]
+    assert all(set(part.inputs.values()) == {"data", "teacher"} for part in parts)
+    assert {k: v for k, v in steps["synthetic"].inputs.items() if k != "data"} == {
+        f"answers.{n}": f"answers-{n}" for n in (1, 2, 3)
+    }
+    remote = ["synthesize.shards=3", "teacher={endpoint: {url: 'http://127.0.0.1:9/v1', model: m}}"]
+    (problem,) = check(
+        load(write(tmp_path, GOOD), [*remote, "train.method=sequence", "student.tokenizer={vocabulary: 400}"]).spec
+    )
+    assert problem.path == "synthesize.shards" and "local teacher" in problem.message
+
+
 def test_a_teacher_s_answers_go_into_the_supervised_step_alone(tmp_path: Path) -> None:
     overrides = ["data={path: rows.jsonl, format: preference, teacher_share: 0.5}", "train.method=dpo"]
     steps = {step.id: step for step in plan(load(write(tmp_path, GOOD), overrides).spec)}

@@ -51,6 +51,22 @@ def local(monkeypatch):
     return use
 
 
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_the_parts_in_their_order_are_the_whole(parts, ctx, out, dataset, example, local, tmp_path):
+    """Five prompts in up to seven parts: some are empty."""
+    local(lambda text, _s: "refund" if "1" in text else "parcel")
+    data = dataset({"labels": LABELS}, pool=[example(f"prompt {n}") for n in range(5)])
+    whole, _, _ = run(ctx, out, answer.Params(task=TASK), data=data, teacher=tmp_path)
+    found = []
+    for part in range(parts):
+        params = answer.Params(task=TASK, part=part, parts=parts)
+        rows, facts, _ = run(ctx, out, params, data=data, teacher=tmp_path)
+        assert facts["asked"] == len(rows)
+        found.append(rows)
+    assert [row for rows in found for row in rows] == whole and len(whole) == 5
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
 def test_pool_and_prompts_are_answered_gold_and_tests_are_not(ctx, out, dataset, example, local, tmp_path):
     calls = local(lambda text, _s: "refund")
     data = dataset(

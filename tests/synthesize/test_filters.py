@@ -87,6 +87,17 @@ def test_every_filter_says_what_it_dropped_and_why(ctx, out, dataset, answers, e
     assert stats["filters"]["duplicate"]["examples"][0]["detail"] == "1.00: I want my money"
 
 
+def test_parts_of_the_answers_are_read_in_the_order_of_their_numbers(ctx, out, dataset, answers):
+    data = dataset({"labels": LABELS})
+    folder = out()
+    parts = {f"answers.{n}": answers((f"this is message number {n} of many", "refund")) for n in (1, 2, 10)}
+    data_filter.run(
+        data_filter.Params(task=TASK, filters=Filters(near_duplicate=1)), {"data": data} | parts, folder, ctx
+    )
+    kept = [row["messages"][0]["content"].split()[4] for row in read_rows(folder / "train.jsonl")]
+    assert kept == ["1", "2", "10"]
+
+
 def test_near_duplicates_of_kept_ones(ctx, out, dataset, answers):
     rows = answers((LONG, "parcel"), (LONG + " please", "parcel"))
     assert run(ctx, out, dataset({"labels": LABELS}), rows, near_duplicate=0.8)[0] == [LONG]

@@ -318,6 +318,10 @@ class Synthesize(Value):
     generate: Generate | None = None
     votes: Positive = Field(1, description="answers sampled per prompt; the most frequent wins (self-consistency)")
     vote_temperature: Annotated[float, Field(gt=0)] = 0.7
+    shards: Positive = Field(
+        1,
+        description="parts in which a local teacher answers: steps of their own, which `--jobs` or `--on ray` runs at once",
+    )
     filters: Filters = Filters()
 
 

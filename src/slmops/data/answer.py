@@ -2,7 +2,8 @@
 
 Promises: reads the student's side of the data set alone (gold, pool, generated prompts), never validation or test; the
 student's gold examples keep their gold answers and are not asked; with several votes per prompt the most frequent
-answer wins (self-consistency, arXiv 2203.11171) and its share is kept beside it.
+answer wins (self-consistency, arXiv 2203.11171) and its share is kept beside it. With `parts` it answers one run of the
+prompts: all parts together, in their order, are the whole.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Params(BaseParams):
         None, description="tell the teacher the task in words; default: endpoints only, as they were not trained on it"
     )
     shots: NonNegative = Field(8, description="gold examples shown to a teacher that is told the task")
+    part: NonNegative = Field(0, description="which part of the prompts, from 0")
+    parts: Positive = 1
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -72,6 +75,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         if example.id not in has_gold:
             unique.setdefault(example.id, example.unanswered())
     prompts = list(unique.values())
+    prompts = prompts[len(prompts) * params.part // params.parts : len(prompts) * (params.part + 1) // params.parts]
     rows: list[dict[str, Any]] = []
     votes: list[dict[str, Any]] = []
     facts: Facts = {"asked": len(prompts)}

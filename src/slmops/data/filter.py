@@ -27,7 +27,7 @@ DECLARATION = Declaration(
     name="data.filter",
     version="1",
     makes="dataset",
-    takes={"answers": "dataset", "data": "dataset", "teacher?": "model"},
+    takes={"answers?": "dataset", "answers.*": "dataset", "data": "dataset", "teacher?": "model"},
     neutral=ENDPOINT_NEUTRAL,
 )
 
@@ -59,6 +59,11 @@ Drops = dict[int, tuple[str, str]]
 """Position among the rows that are looked at → reason, detail."""
 
 
+def _place(name: str) -> int:
+    """Of a part of the answers, from its input's name: `answers` or `answers.N`."""
+    return int(name.partition(".")[2] or 0)
+
+
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
     """Write train.jsonl, dropped.jsonl and stats.json.
 
@@ -73,7 +78,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     filters, data = params.filters, inputs["data"]
     rows = [
         Row(Example.from_json(row), bool(row.get("finished", True)), float(row.get("agreement", 1.0)))
-        for row in read_rows(inputs["answers"] / "answers.jsonl")
+        for part in sorted((name for name in inputs if name.startswith("answers")), key=_place)
+        for row in read_rows(inputs[part] / "answers.jsonl")
     ]
     rules = load_rules(params.task, data)
     gold = read_examples(data / "gold.jsonl")

@@ -99,6 +99,12 @@ def check(spec: Spec) -> list[Problem]:
                   "take it out, or use `tuning: full`")  # fmt: skip
     if student.model is not None and student.tokenizer == "teacher" and teacher is not None and teacher.endpoint:
         wrong("student.tokenizer", "an endpoint has no tokenizer to share", "give `tokenizer: {vocabulary: 2048}`")
+    if spec.synthesize.shards > 1 and teacher is not None and teacher.endpoint is not None:
+        wrong(
+            "synthesize.shards",
+            "are for a local teacher",
+            "an endpoint is asked many things at once: set its concurrency",
+        )
     generate = spec.synthesize.generate
     if generate is not None:
         if teacher is None and generate.method != "template":
@@ -346,8 +352,14 @@ class _Builder:
         inputs = inputs | self._local_teacher()
         chance = synthesize.votes > 1 or spec.teacher.instructed  # else greedy answers to plain prompts
         seed = spec.seed if chance else 0
-        about = "the teacher answers"
-        self.add("answers", "data.answer", params, about, inputs, seed=seed, threads=self._teacher_threads())
+        parts, answers = synthesize.shards, {}
+        for part in range(parts):
+            id = "answers" if parts == 1 else f"answers-{part + 1}"
+            about = "the teacher answers" if parts == 1 else f"the teacher answers, part {part + 1} of {parts}"
+            here = params if parts == 1 else params | {"part": part, "parts": parts}
+            answers["answers" if parts == 1 else f"answers.{part + 1}"] = self.add(
+                id, "data.answer", here, about, inputs, seed=seed, threads=self._teacher_threads()
+            )
         filters = {
             "filters": _json(synthesize.filters),
             "overlap": _json(spec.data.overlap),
@@ -360,7 +372,7 @@ class _Builder:
             "data.filter",
             filters,
             "keep what is sound",
-            {"answers": "answers", "data": "data"} | judge,
+            answers | {"data": "data"} | judge,
             threads=1,
         )
 
