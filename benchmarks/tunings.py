@@ -2,22 +2,26 @@
 
     python benchmarks/tunings.py --base FOLDER --clinc150 FILE --banking77 FOLDER
 
-FOLDER of the base comes from examples/wordnet. For each task and tuning the learning rate is the one of three with the
-least validation loss after one epoch; the test data is looked at once, with that rate and all epochs. Every training is a
-process of its own, in turns over the tunings; speed is the median of the one-epoch trainings, memory the most of any. All
-cores are used; `taskset -c 0 python …` gives it one.
+FOLDER of the base comes from examples/wordnet. For each tuning the learning rate is the one of three with the least
+validation loss after one epoch on the first task; the test data is looked at once, with that rate and all epochs. Every
+training is a process of its own. Speed is the median over a task's trainings, which on the first one are run in turns over
+the tunings; memory is the most of any. All cores are used; `taskset -c 0 python …` gives it one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 RATES = {
@@ -40,19 +44,21 @@ class Task:
         (self.folder / "slmops.yaml").write_text((ROOT / "examples" / "tunings" / f"{name}.yaml").read_text())
         self.fixed = [f"data.path={data.resolve()}", f"student.base={base.resolve()}", f"train.batch_size={BATCH}"]
 
-    def run(self, steps: list[str], changes: list[str]) -> float:
-        """`slmops run` in a process of its own; the most memory that it held, bytes."""
+    def run(self, steps: list[str], changes: list[str]) -> int:
+        """`slmops run` in a process of its own; the most that one of its processes held, bytes (0: not seen)."""
         command = [sys.executable, "-m", "slmops.cli.main", "run", *steps, "--jobs", "1", "--json", "-f", "slmops.yaml"]
         for change in [*self.fixed, *changes]:
             command += ["--set", change]
         child = subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        said = child.stdout.read()
-        _pid, status, usage = os.wait4(child.pid, 0)
-        if os.waitstatus_to_exitcode(status):
-            raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+        peaks: list[int] = []
+        watcher = threading.Thread(target=watch, args=(child, peaks))
+        watcher.start()
+        said, _ = child.communicate()
+        watcher.join()
+        if child.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {child.returncode}")
         self.student: str = json.loads(said)["outputs"]["student"]
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return max(peaks, default=0)
 
     def training(self) -> dict[str, Any]:
         """The facts of the training that the last run made or found."""
@@ -69,42 +75,62 @@ class Task:
         return next((self.folder / "outputs").iterdir())
 
 
-def chosen(task: Task, tunings: list[str], epochs: float) -> dict[str, dict[str, Any]]:
-    """By tuning: its rate by validation loss, its speed in examples per second, its peak memory in bytes."""
-    tried: dict[str, list[dict[str, Any]]] = {tuning: [] for tuning in tunings}
+def watch(child: subprocess.Popen[bytes], peaks: list[int]) -> None:
+    """Look at the largest peak among a process's descendants until it ends. Linux tells the peak itself (VmHWM)."""
+    while child.poll() is None:
+        for process in psutil.Process(child.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error, OSError, IndexError):
+                status = Path(f"/proc/{process.pid}/status")
+                peak = int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else None
+                peaks.append(peak or process.memory_info().rss)
+        time.sleep(0.2)
+
+
+def tried(task: Task, tunings: list[str], epochs: float) -> dict[str, list[dict[str, Any]]]:
+    """By tuning, for each rate: validation loss, peak memory in bytes, speed in examples per second."""
+    rows: dict[str, list[dict[str, Any]]] = {tuning: [] for tuning in tunings}
     for place in range(3):
         for tuning in tunings:
-            rate = RATES[tuning][place]
-            peak = task.run(
-                ["student"], [f"train.tuning={tuning}", f"train.learning_rate={rate}", f"train.epochs={epochs}"]
-            )
-            told = task.training()
-            tried[tuning].append({
-                "rate": rate, "validation_loss": told["best_validation_loss"], "peak_bytes": peak,
-                "examples_per_s": told["steps"] * BATCH / told["seconds"],
-            })  # fmt: skip
-    out = {}
-    for tuning, rows in tried.items():
-        best = min(rows, key=lambda row: row["validation_loss"])
-        out[tuning] = {
-            "rate": best["rate"], "tried": rows, "peak_bytes": max(row["peak_bytes"] for row in rows),
-            "examples_per_s": median(row["examples_per_s"] for row in rows),
-        }  # fmt: skip
-    return out
+            rows[tuning].append(train(task, tuning, RATES[tuning][place], epochs))
+    return rows
 
 
-def measure(task: Task, tunings: list[str], epochs: float, trial_epochs: float) -> dict[str, dict[str, Any]]:
-    """The row of each tuning."""
-    rows = chosen(task, tunings, trial_epochs)
-    for tuning, row in rows.items():
-        changes = [f"train.tuning={tuning}", f"train.learning_rate={row['rate']}", f"train.epochs={epochs}"]
-        row["peak_bytes"] = max(row["peak_bytes"], task.run(["student"], changes))
-        told = task.training()
-        task.run([], changes)
+def train(task: Task, tuning: str, rate: float, epochs: float) -> dict[str, Any]:
+    """One training."""
+    peak = task.run(["student"], changes(tuning, rate, epochs))
+    told = task.training()
+    return {
+        "rate": rate, "validation_loss": told["best_validation_loss"], "peak_bytes": peak,
+        "examples_per_s": told["steps"] * BATCH / told["seconds"],
+        "trained_parameters": told["trained_parameters"], "parameters": told["parameters"],
+    }  # fmt: skip
+
+
+def changes(tuning: str, rate: float, epochs: float) -> list[str]:
+    """What is set in the project file."""
+    return [f"train.tuning={tuning}", f"train.learning_rate={rate}", f"train.epochs={epochs}"]
+
+
+def measure(
+    task: Task, rates: dict[str, float], epochs: float, trials: dict[str, list[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """The row of each tuning.
+
+    Args:
+        trials: earlier trainings on this task, by tuning.
+    """
+    rows = {}
+    for tuning, rate in rates.items():
+        last = train(task, tuning, rate, epochs)
+        task.run([], changes(tuning, rate, epochs))
         report = task.report()
         score = next(v for v in report["variants"] if v["name"] == report["subject"]["variant"])["scores"]["accuracy"]
-        row |= {"accuracy": score["value"], "low": score["low"], "high": score["high"], "n": score["n"]}
-        row |= {"trained_parameters": told["trained_parameters"], "parameters": told["parameters"]}
+        every = [*trials.get(tuning, []), last]
+        rows[tuning] = last | {
+            "accuracy": score["value"], "low": score["low"], "high": score["high"], "n": score["n"], "trials": every,
+            "peak_bytes": max(row["peak_bytes"] for row in every),
+            "examples_per_s": median(row["examples_per_s"] for row in every),
+        }  # fmt: skip
     return rows
 
 
@@ -138,12 +164,16 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, dict[str, Any]]] = {}
+    rates: dict[str, float] = {}
     for name in ("clinc150", "banking77"):
         data = getattr(options, name)
         if data is None:
             continue
         task = Task(name, data, options.base, options.out / "tunings")
-        results[name] = measure(task, options.tunings, options.epochs, options.trial_epochs)
+        trials = {} if rates else tried(task, options.tunings, options.trial_epochs)
+        for tuning, rows in trials.items():
+            rates[tuning] = min(rows, key=lambda row: row["validation_loss"])["rate"]
+        results[name] = measure(task, rates, options.epochs, trials)
         (options.out / "tunings.json").write_text(json.dumps(results, indent=1))
     print(table(results))
 
