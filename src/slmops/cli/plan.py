@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from slmops.cli.common import json_argument, open_project, print_json, project_arguments, seconds, size
 from slmops.core.layout import columns
+
+if TYPE_CHECKING:
+    from slmops.flow.estimate import Cost
+    from slmops.flow.state import Status
 
 HELP = "show the steps, which are cached, what is downloaded, estimated time, disk and memory"
 
@@ -18,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; a training that does not fit into memory is an error after it."""
-    from slmops.flow.estimate import Cost, estimate, total, trainings
+    from slmops.flow.estimate import estimate, total, trainings
     from slmops.flow.memory import require
     from slmops.flow.state import State
 
@@ -27,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     survey = state.survey(project.plan())
     costs = {status.step.id: estimate(state, status, survey) for status in survey}
     todo = [status for status in survey if status.state == "run"]
-    cost: Cost = total([costs[status.step.id] for status in todo])
+    cost = total([costs[status.step.id] for status in todo])
     if options.json:
         rows = [
             {
@@ -37,8 +43,14 @@ def run(options: argparse.Namespace) -> int:
             for s in survey
         ]  # fmt: skip
         print_json({"name": project.spec.name, "steps": rows, "to_run": len(todo), "estimate": cost.to_json()})
-        require(state, trainings(state, survey))
-        return 0
+    else:
+        _print(survey, costs, cost)
+    require(state, trainings(state, survey))
+    return 0
+
+
+def _print(survey: Sequence[Status], costs: Mapping[str, Cost], cost: Cost) -> None:
+    todo = [status for status in survey if status.state == "run"]
     table = [["step", "", "time", "memory", "what"]]
     trained = {status.step.id for status in todo if status.step.params.get("training") is not None}
     for status in survey:
@@ -50,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     print()
     if not todo:
         print(f"nothing to do: all {len(survey)} steps are cached")
-        return 0
+        return
     print(f"{len(todo)} of {len(survey)} steps to run")
     unknown = " and what depends on data that is not read yet" if cost.unknown else ""
     print(
@@ -60,5 +72,3 @@ def run(options: argparse.Namespace) -> int:
     for name in cost.downloads:
         if "@" not in name:
             print(f"note: {name} names no revision: what the hub has today is taken and kept; {name}@COMMIT pins it")
-    require(state, trainings(state, survey))
-    return 0

@@ -19,6 +19,7 @@ DataFormat = Literal[
     "huggingface",
 ]  # fmt: skip
 Precision = Literal["fp32", "int8", "int4"]
+Arithmetic = Literal["auto", "fp32", "bf16"]
 Tuning = Literal["full", "lora", "rslora", "dora", "qlora", "adapter"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -176,7 +177,7 @@ class Training(Value):
     dropout: Share = Field(0.0, description="of the embedding and of what each attention and feed-forward block adds")
     label_smoothing: Share = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Arithmetic = "auto"
     prompt_weight: Share = Field(0.0, description="weight of the loss on prompt tokens; 0: answers only")
     max_length: Positive | None = Field(None, description="tokens per example; default: the model's context")
     batching: Literal["bucket", "pack"] = "bucket"

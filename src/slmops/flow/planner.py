@@ -19,7 +19,7 @@ from slmops.core.spec import FROM_TEACHER, PREFERENCE, Architecture, Columns, Da
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
 from slmops.flow import adapters
-from slmops.train.estimate import parameters
+from slmops.train.shape import parameters
 
 SMALL = 30_000_000
 """Models below this many parameters do not gain from a second thread; they train beside each other instead. Measured on
@@ -352,14 +352,7 @@ class _Builder:
         inputs = inputs | self._local_teacher()
         chance = synthesize.votes > 1 or spec.teacher.instructed  # else greedy answers to plain prompts
         seed = spec.seed if chance else 0
-        parts, answers = synthesize.shards, {}
-        for part in range(parts):
-            id = "answers" if parts == 1 else f"answers-{part + 1}"
-            about = "the teacher answers" if parts == 1 else f"the teacher answers, part {part + 1} of {parts}"
-            here = params if parts == 1 else params | {"part": part, "parts": parts}
-            answers["answers" if parts == 1 else f"answers.{part + 1}"] = self.add(
-                id, "data.answer", here, about, inputs, seed=seed, threads=self._teacher_threads()
-            )
+        answers = self._answers(params, inputs, seed, synthesize.shards)
         filters = {
             "filters": _json(synthesize.filters),
             "overlap": _json(spec.data.overlap),
@@ -375,6 +368,19 @@ class _Builder:
             answers | {"data": "data"} | judge,
             threads=1,
         )
+
+    def _answers(self, params: dict[str, Any], inputs: dict[str, str], seed: int, parts: int) -> dict[str, str]:
+        """The step in which the teacher answers, or one for each part; by the name that the filter takes it under."""
+        threads, about = self._teacher_threads(), "the teacher answers"
+        if parts == 1:
+            return {"answers": self.add("answers", "data.answer", params, about, inputs, seed=seed, threads=threads)}
+        return {
+            f"answers.{part}": self.add(
+                f"answers-{part}", "data.answer", params | {"part": part - 1, "parts": parts},
+                f"{about}, part {part} of {parts}", inputs, seed=seed, threads=threads,
+            )
+            for part in range(1, parts + 1)
+        }  # fmt: skip
 
     def _students(self) -> None:
         spec = self.spec

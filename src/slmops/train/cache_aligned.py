@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
-from slmops.core.spec import Positive
+from slmops.core.spec import Arithmetic, Positive
 from slmops.errors import TrainingError
 from slmops.train.sft import PACKAGES, TAKES, check_rows
 
@@ -40,7 +40,7 @@ class Params(Base):
     files: tuple[str, ...]
     ranks: Positive = 32
     max_length: Positive | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Arithmetic = "auto"
 
 
 def cuts(offsets: Sequence[tuple[int, int]]) -> list[int | None]:

@@ -26,7 +26,7 @@ from pydantic import Field
 from slmops.core.digest import digest_file, digest_json
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
-from slmops.core.spec import Positive
+from slmops.core.spec import Arithmetic, Positive
 from slmops.errors import MissingExtraError, TrainingError
 from slmops.train.sft import PACKAGES, check_rows
 
@@ -76,7 +76,7 @@ class Params(Base):
     temperature: float = 1.0
     max_length: Positive | None = None
     weights: dict[str, float] = Field(default_factory=dict)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Arithmetic = "auto"
 
 
 def folder_digest(folder: Path) -> str:

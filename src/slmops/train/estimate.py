@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 from slmops.core.spec import Architecture, Training
 from slmops.train.memory import Load, computes_in_bf16, memory
-from slmops.train.shape import Shape, ffn_width, parameters
-
-__all__ = ["Estimate", "estimate", "ffn_width", "memory", "parameters"]
+from slmops.train.shape import Shape, parameters
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from slmops.errors import ModelError
 from slmops.train.batches import Part
 from slmops.train.dropout import Dropout
 from slmops.train.encode import TOKENIZER_FILES
-from slmops.train.estimate import ffn_width
+from slmops.train.shape import ffn_width, written_out
 from slmops.train.written import ROWS, LowRank, Written
 
 if TYPE_CHECKING:
@@ -112,14 +112,19 @@ def precision_for(wanted: str, parameters: int, device: str) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-def frozen(folder: Path, precision: str) -> Network:
-    """A model that only answers, on the GPU where there is one; `precision` as in `precision_for`."""
+def device_here() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
     import torch
 
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def frozen(folder: Path, precision: str) -> Network:
+    """A model that only answers, on the GPU where there is one; `precision` as in `precision_for`."""
     model = load(folder)
     for weight in model.parameters():
         weight.requires_grad_(False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here()
     count = sum(weight.numel() for weight in model.parameters())
     return Network(model, device, precision_for(precision, count, device) == "bf16")
 
@@ -190,10 +195,7 @@ class Network:
         """The quickest way to the logits that agrees with the model itself."""
         import torch
 
-        config, bf16 = self.model.config, self.bf16
-        rope = getattr(config, "rope_parameters", None) or {}
-        plain = config.model_type in ("llama", "qwen3") and rope.get("rope_type", "default") in ("default", "llama3")
-        plain = plain and config.hidden_act == "silu" and not getattr(config, "use_sliding_window", False)
+        bf16, plain = self.bf16, written_out(self.model.config.to_dict())
         ids = torch.arange(14, device=self.device).reshape(2, 7) * 37 % self.vocabulary
         part = Part(ids, None, None, torch.arange(14, device=self.device), ids[0], ids[0], ids[0], ids[0], 14)
         self.bf16 = False

@@ -249,14 +249,13 @@ def learn(
         make_objective: what is learned; default: `supervised`.
     """
     ready = prepare(params, inputs, ctx)
-    import torch
 
     from slmops.train import network, tuning
     from slmops.train.loop import Loop, write_record
 
     training = params.training
     handle = tuning.apply(ready.model, training, ctx.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = network.device_here()
     model = ready.model if training.tuning in ("full", "adapter") else handle.get_base_model()
     count = sum(p.numel() for p in model.parameters())
     bf16 = network.precision_for(training.precision, count, device) == "bf16"

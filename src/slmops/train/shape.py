@@ -148,8 +148,6 @@ class Shape:
         inner = config.get("text_config") or config
         kind = kind_of(config)
         form = KINDS[kind]
-        rope = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
-        plain = rope.get("rope_type", rope.get("type", "default")) in ("default", "llama3")
         hidden, heads = int(inner["hidden_size"]), int(inner["num_attention_heads"])
         head = int(inner.get("head_dim") or hidden // heads)
         shape = cls(
@@ -157,7 +155,7 @@ class Shape:
             hidden=hidden, attention=heads * head, shared=int(inner.get("num_key_value_heads") or heads) * head,
             ffn=int(inner["intermediate_size"]), vocabulary=int(inner["vocab_size"]),
             tied=bool(inner.get("tie_word_embeddings", config.get("tie_word_embeddings", True))), parameters=parameters,
-            heads=heads, written_out=kind in FAST and plain and inner.get("hidden_act", "silu") == "silu",
+            heads=heads, written_out=written_out(config),
         )  # fmt: skip
         if parameters:
             return shape
@@ -179,6 +177,15 @@ def kind_of(config: Mapping[str, Any]) -> str:
     """The model type that a configuration names, of its language model; "" if it names none."""
     inner = config.get("text_config") or config
     return str(inner.get("model_type") or config.get("model_type") or "")
+
+
+def written_out(config: Mapping[str, Any]) -> bool:
+    """Whether `slmops.train.written` has the forward pass of a configuration."""
+    inner = config.get("text_config") or config
+    rope = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
+    plain = rope.get("rope_type", rope.get("type", "default")) in ("default", "llama3")
+    plain = plain and inner.get("hidden_act", "silu") == "silu" and not inner.get("use_sliding_window", False)
+    return kind_of(config) in FAST and plain
 
 
 def ffn_width(architecture: Architecture) -> int:

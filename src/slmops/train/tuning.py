@@ -50,6 +50,8 @@ def load_4bit(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from slmops.train.network import device_here
+
     try:
         with _quiet():
             import bitsandbytes  # noqa: F401
@@ -58,11 +60,10 @@ def load_4bit(folder: Path) -> Any:
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
-            quantization_config=config, device_map={"": device},
+            quantization_config=config, device_map={"": device_here()},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be loaded in 4 bits: {str(error).splitlines()[0]}") from error
