@@ -13,7 +13,6 @@ The optimiser is AdamW (arXiv 1711.05101), learning rate linear up, then cosine 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,16 +109,18 @@ def deterministic(threads: int) -> Iterator[None]:
     """Fixed number of threads, deterministic algorithms, and the caller's random state given back."""
     import torch
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    fill: Any = torch.utils.deterministic
+    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), fill.fill_uninitialized_memory)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    fill.fill_uninitialized_memory = False  # a write for every result; nothing is read unwritten
     try:
         with torch.random.fork_rng():
             yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+        fill.fill_uninitialized_memory = before[2]
 
 
 def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:

@@ -114,8 +114,11 @@ def precision_for(wanted: str, parameters: int, device: str) -> str:
 
 def device_here() -> str:
     """`cuda` where there is a GPU, else `cpu`."""
+    import os
+
     import torch
 
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product on a GPU
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

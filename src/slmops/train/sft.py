@@ -147,7 +147,7 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     model: Any = None
     if params.architecture is None:
         four = params.training.tuning == "qlora"
-        model = tuning.load_4bit(folder) if four else network.load(folder)
+        model = tuning.load_4bit(folder, params.training.precision) if four else network.load(folder)
         if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
             raise ModelError(
                 f"{folder}: the tokenizer has {len(tokenizer)} entries, the model only "

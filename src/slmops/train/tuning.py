@@ -40,8 +40,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def load_4bit(folder: Path) -> Any:
+def load_4bit(folder: Path, precision: str = "fp32") -> Any:
     """A model whose linear layers are held in 4 bits (NF4), quantised layer by layer while it is read.
+
+    Args:
+        precision: of the products on a GPU, as in `precision_for`; on a CPU they are float32.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -50,20 +53,23 @@ def load_4bit(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from slmops.train.network import device_here
+    from slmops.train.network import device_here, precision_for
 
     try:
         with _quiet():
             import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("bitsandbytes", "qlora") from error
+    device = device_here()
+    low = device == "cuda" and precision_for(precision, 0, device) == "bf16"
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if low else torch.float32,
     )  # fmt: skip
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
-            quantization_config=config, device_map={"": device_here()},
+            quantization_config=config, device_map={"": device},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be loaded in 4 bits: {str(error).splitlines()[0]}") from error

@@ -123,7 +123,8 @@ class Written:
 
         def attention(x: torch.Tensor, here: str) -> torch.Tensor:
             q, k, v = self.queries(x, here, cos, sin)
-            # In float32: the CPU's bfloat16 kernel takes five to ten times as long on short rows.
+            if self.network.device != "cpu":  # there the bfloat16 kernel takes five to ten times as long on short rows
+                q, k, v = q.to(self.low), k.to(self.low), v.to(self.low)
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=part.mask, is_causal=part.mask is None, enable_gqa=self.groups != self.heads
             )
