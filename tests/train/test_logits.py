@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from slmops.core.method import Context, SilentProgress
 from slmops.core.spec import Train
-from slmops.errors import TrainingError
+from slmops.errors import DataError, TrainingError
 from slmops.train import cache_logits, logits, sft
 from slmops.train import tokenizer as bpe
 from tests.train.conftest import FAST, TINY, examples, write_rows
@@ -214,6 +216,48 @@ def test_another_tokenizer_is_refused(cached: Path, data: Path, teacher: Path, t
             fresh(tmp_path / "c"),
             context(tmp_path / "s"),
         )
+
+
+def with_long_copies(folder: Path, data: Path, tokens: int) -> Path:
+    """Gold messages, a copy of the first that fits and two of it that have more than `tokens` tokens."""
+    first = examples(120)[0]
+    copies = [replace(first.with_text(f"{first.text} {word}"), source="swap", parent=first.id)
+              for word in ("please", "k7" * tokens, "x9" * tokens)]  # fmt: skip
+    write_rows(folder / "augmented/train.jsonl", copies)
+    shutil.copytree(data, folder / "data")
+    return folder
+
+
+@pytest.mark.parametrize("context_of_student", [64, 2048])
+def test_copies_that_are_too_long_are_left_out_by_cache_and_training_alike(
+    context_of_student: int, data: Path, teacher: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """Also where they would fit the student: its training sees the rows that its teacher saw."""
+    folder = with_long_copies(tmp_path, data, 64)
+    inputs = {"data": folder / "data", "augmented": folder / "augmented"}
+    files, heard = (*FILES, "augmented/train.jsonl"), SilentProgress()
+    p = cache_logits.Params(files=files)
+    out, work = fresh(tmp_path / "cache"), context(tmp_path / "s")
+    facts = cache_logits.run(p, inputs | {"teacher": teacher}, out, replace(work, progress=heard))
+    assert (facts["examples"], facts["copies_left_out"]) == (121, 2)
+    assert any("2 augmented copies are longer than the context" in line for line in heard.lines)
+    architecture = TINY["qwen3"].model_copy(update={"context": context_of_student})
+    q = student(out, epochs=0.2).model_copy(update={"files": files, "architecture": architecture})
+    heard = SilentProgress()
+    inputs |= {"tokenizer": tokenizer, "logits": out}
+    facts = logits.run(q, inputs, fresh(tmp_path / "m"), replace(work, scratch=tmp_path / "t", progress=heard))
+    assert (facts["examples"], facts["copies_left_out"]) == (121, 2)
+    assert any("2 augmented copies are longer than the context" in line for line in heard.lines)
+
+
+def test_an_example_that_is_too_long_and_no_copy_stays_an_error(data: Path, teacher: Path, tmp_path: Path) -> None:
+    folder = with_long_copies(tmp_path, data, 64)
+    rows = [json.loads(line) for line in (folder / "augmented/train.jsonl").read_text().splitlines()]
+    (folder / "augmented/train.jsonl").write_text("".join(json.dumps(r | {"parent": ""}) + "\n" for r in rows))
+    inputs = {"data": data, "augmented": folder / "augmented", "teacher": teacher}
+    p = cache_logits.Params(files=(*FILES, "augmented/train.jsonl"))
+    with pytest.raises(DataError, match=r"longer than the model's context.*1 more examples"):
+        cache_logits.run(p, inputs, fresh(tmp_path / "cache"), context(tmp_path / "s"))
 
 
 def test_cache_is_the_same_after_a_kill(

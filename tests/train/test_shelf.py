@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from slmops.train.batches import collate
 from slmops.train.encode import Row, encode, load_tokenizer
 from slmops.train.sample import sample
 from tests.train import bases
-from tests.train.conftest import examples
+from tests.train.conftest import examples, write_rows
 
 FAST = {"epochs": 4, "batch_size": 16, "learning_rate": 1e-2, "evaluations": 3}
 FILES = ("data/teacher.jsonl",)
@@ -95,6 +97,38 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     with pytest.raises(TrainingError, match="different tokenizers") as caught:
         run(method, "qwen3", other, data, tmp_path / "o", tmp_path / "s")
     assert "cross_tokenizer" in caught.value.hint
+
+
+@pytest.mark.parametrize("method", ["on_policy", "hidden_states", "cross_tokenizer"])
+def test_copies_that_the_teacher_cannot_see_whole_are_not_learned(
+    method: str, folders: Callable[[str, str], Path], data: Path, tmp_path: Path
+) -> None:
+    """The student could: its context is longer. Cache and training agree on the rows."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(folders("qwen3", "teacher"), teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    first = examples(120)[0]
+    copies = [
+        replace(first.with_text(f"{first.text} {word}"), source="swap", parent=first.id) for word in ("yes", "k7" * 40)
+    ]
+    write_rows(tmp_path / "augmented/train.jsonl", copies)
+    files, progress = (*FILES, "augmented/train.jsonl"), SilentProgress()
+    inputs = {"data": data, "augmented": tmp_path / "augmented", "teacher": teacher}
+    inputs["base"] = folders("qwen3", "foreign" if method == "cross_tokenizer" else "student")
+    module = {"on_policy": on_policy, "hidden_states": hidden_states, "cross_tokenizer": cross_tokenizer}[method]
+    (tmp_path / "out").mkdir()
+    if method == "cross_tokenizer":
+        (tmp_path / "aligned").mkdir()
+        facts = cache_aligned.run(cache_aligned.Params(files=files), inputs, tmp_path / "aligned", ctx(tmp_path / "s"))
+        assert (facts["examples"], facts["copies_left_out"]) == (121, 1)
+        inputs["aligned"] = tmp_path / "aligned"
+        del inputs["teacher"]
+    t = Train.model_validate(FAST | {"method": method, "on_policy": OnPolicy(max_new_tokens=6), "max_steps": 2})
+    params = module.Params(training=t, files=files, validation="data/validation.jsonl")
+    facts = module.run(params, inputs, tmp_path / "out", ctx(tmp_path / "t", progress))
+    assert (facts["examples"], facts["copies_left_out"]) == (121, 1)
+    assert any(line.startswith("1 augmented copies") for line in progress.lines)
 
 
 # ------------------------------------------------------------------------------------------------------- on-policy

@@ -84,7 +84,7 @@ class Augment(Value):
     """Further copies of answered training examples, for every model that learns from them (teacher, student, baselines).
 
     swap (extraction): values that stand in the message are exchanged in message and answer alike, so that a model learns
-    to copy them (arXiv 1606.03622).
+    to copy them (arXiv 1606.03622). A copy that is longer than the context is left out where a model learns, and counted.
     """
 
     method: Literal["swap"] = "swap"

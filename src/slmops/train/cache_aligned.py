@@ -22,7 +22,7 @@ BATCH = 64
 
 DECLARATION = Declaration(
     name="train.cache_aligned",
-    version="2",
+    version="3",
     makes="logits",
     takes={"teacher": "model"} | TAKES,
     extra="train",
@@ -96,6 +96,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     net = network.frozen(inputs["teacher"], params.precision)
     context = network.context_of(net.model)
     data = encode.encode(rows, teacher, min(context, params.max_length or context))
+    rows = list(data.rows)
+    encode.say_left_out(len(data.left_out), ctx)
     answers = [row.example.answer or "" for row in rows]
     pairs = [common(t, s) for t, s in zip(answer_cuts(teacher, answers), answer_cuts(student, answers), strict=True)]
     theirs = [len(ids) for ids in teacher(answers, add_special_tokens=False)["input_ids"]]
@@ -131,11 +133,14 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         "format": 1, "student_tokenizer": encode.tokenizer_digest(folder),
         "teacher_tokenizer": encode.tokenizer_digest(inputs["teacher"]),
         "examples": [encode.answer_digest(row) for row in data.rows],
+        "left_out": [encode.answer_digest(row) for row in data.left_out],
     }  # fmt: skip
     (out / "index.json").write_text(json.dumps(index, sort_keys=True) + "\n", "utf-8")
     places, tokens = int(counts.sum()), sum(ours)
     ctx.progress.log(f"{places} common cuts for {tokens} student tokens ({places / tokens:.0%})")
-    return {"places": places, "student_tokens": tokens, "examples": len(rows)}
+    return {
+        "places": places, "student_tokens": tokens, "examples": len(rows), "copies_left_out": len(data.left_out),
+    }  # fmt: skip
 
 
 def _places(

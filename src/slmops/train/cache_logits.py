@@ -11,7 +11,8 @@ full distribution's gradient on average. A plain top-k list has not: it forgets 
 Several teachers (inputs `teacher.NAME`) are one: the weighted mean of their distributions, which is what is kept.
 
 Positions: for each example, in the order of `index.json`, every answer token and the end token. The file says which
-teacher, tokenizer and examples it belongs to; `train.logits` refuses anything else.
+teacher, tokenizer and examples it belongs to, and which augmented copies were too long for the teacher; `train.logits`
+leaves those out too and refuses anything else.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SHARD = 32  # batches between two saved pieces: what a kill can cost
 
 DECLARATION = Declaration(
     name="train.cache_logits",
-    version="3",
+    version="4",
     makes="logits",
     takes={
         "teacher": "model",
@@ -318,6 +319,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             )
     context = min(network.context_of(teacher.model) for teacher, _ in teachers)
     data = encode.encode(rows, tokenizer, min(context, params.max_length or context))
+    encode.say_left_out(len(data.left_out), ctx)
     kept = teacher_pass(teachers, data, params, ctx)
     small = torch.uint16 if net.vocabulary <= 1 << 16 else torch.uint32
     counted = torch.uint8 if params.samples < 256 else torch.uint16
@@ -332,10 +334,11 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         "format": 1, "teacher": _who(inputs, names), "tokenizer": mark, "vocabulary": net.vocabulary,
         "selection": params.selection, "samples": params.samples, "temperature": params.temperature,
         "examples": [encode.answer_digest(row) for row in data.rows], "positions": data.answer_tokens.tolist(),
+        "left_out": [encode.answer_digest(row) for row in data.left_out],
     }  # fmt: skip
     (out / "index.json").write_text(json.dumps(index, sort_keys=True) + "\n", "utf-8")
     size = (out / "distributions.safetensors").stat().st_size
     check = self_check(data, kept, params, net.vocabulary, share, size)
     (out / "self_check.json").write_text(json.dumps(check, sort_keys=True, indent=1) + "\n", "utf-8")
     say(check, ctx)
-    return check | {"precision": "bf16" if net.bf16 else "fp32"}
+    return check | {"precision": "bf16" if net.bf16 else "fp32", "copies_left_out": len(data.left_out)}

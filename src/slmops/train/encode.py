@@ -2,6 +2,9 @@
 
 It promises that training sees exactly what an engine will feed the model: the prompt rendered by the chat template with
 the generation prompt, encoded alone; then the answer and the end token.
+
+An example that is too long is an error, but for augmented copies (`data.augment`): nobody wrote those, so they are left out
+and counted. A teacher's pass tells the student's training which ones it left out (`left_out_before`): both see the same rows.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.core.digest import digest_file, digest_json, digest_text
 from slmops.core.example import Example
+from slmops.core.method import Context
 from slmops.errors import DataError, ModelError
 from slmops.store.rows import numbered_examples
 
@@ -46,11 +50,13 @@ class Encoded:
         ids: for each example its int64 token ids: prompt, answer, end token.
         answer_from: (examples,) index of the first answer token; at least 1.
         rows: the examples themselves, in the same order.
+        left_out: augmented copies that are too long, which are not among them.
     """
 
     ids: tuple[Ints, ...]
     answer_from: Ints
     rows: tuple[Row, ...]
+    left_out: tuple[Row, ...] = ()
 
     @property
     def lengths(self) -> Ints:
@@ -152,14 +158,31 @@ def rendered(tokenizer: Any, example: Example) -> tuple[str, str]:
     return prompt, answer + end
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, limit: int) -> Encoded:
-    """Token ids of answered examples.
+def left_out_before(inputs: Mapping[str, Path]) -> frozenset[str]:
+    """The `answer_digest` of each copy that the teacher's pass among the inputs of a training left out."""
+    found: set[str] = set()
+    for name in ("logits", "aligned"):
+        file = inputs[name] / "index.json" if name in inputs else None
+        if file is not None and file.is_file():
+            found |= set(json.loads(file.read_text("utf-8")).get("left_out", ()))
+    return frozenset(found)
+
+
+def say_left_out(count: int, ctx: Context) -> None:
+    """Tell how many augmented copies are too long, if there are some."""
+    if count:
+        ctx.progress.log(f"{count} augmented copies are longer than the context (or train.max_length): left out")
+
+
+def encode(rows: Sequence[Row], tokenizer: Any, limit: int, copies: int | None = None) -> Encoded:
+    """Token ids of answered examples, without augmented copies that are too long.
 
     Args:
         limit: most tokens an example may have: the model's context or `max_length`.
+        copies: most tokens of an augmented copy, where that is less.
 
     Raises:
-        DataError: an example has no answer, holds a control mark such as `<|end|>`, or is longer than `limit`.
+        DataError: an example has no answer, holds a control mark such as `<|end|>`, or is longer than `limit` and no copy.
     """
     import numpy as np
 
@@ -186,6 +209,10 @@ def encode(rows: Sequence[Row], tokenizer: Any, limit: int) -> Encoded:
         return Encoded((), np.zeros(0, np.int64), ())
     heads = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     tails = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    most = min(limit, limit if copies is None else copies)
+    stay = [i for i, row in enumerate(rows) if not row.example.parent or len(heads[i]) + len(tails[i]) <= most]
+    left_out = tuple(rows[i] for i in sorted(set(range(len(rows))) - set(stay)))
+    rows, heads, tails = [rows[i] for i in stay], [heads[i] for i in stay], [tails[i] for i in stay]
     long = [i for i in range(len(rows)) if len(heads[i]) + len(tails[i]) > limit]
     if long:
         row, size, total = rows[long[0]], len(heads[long[0]]), len(heads[long[0]]) + len(tails[long[0]])
@@ -198,4 +225,4 @@ def encode(rows: Sequence[Row], tokenizer: Any, limit: int) -> Encoded:
             line=row.line,
         )
     ids = tuple(np.array(h + t, dtype=np.int64) for h, t in zip(heads, tails, strict=True))
-    return Encoded(ids, np.array([len(h) for h in heads], dtype=np.int64), tuple(rows))
+    return Encoded(ids, np.array([len(h) for h in heads], dtype=np.int64), tuple(rows), left_out)

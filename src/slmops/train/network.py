@@ -17,7 +17,7 @@ from slmops.errors import ModelError
 from slmops.train.batches import Part
 from slmops.train.dropout import Dropout
 from slmops.train.encode import TOKENIZER_FILES
-from slmops.train.shape import ffn_width, written_out
+from slmops.train.shape import config_of, ffn_width, written_out
 from slmops.train.written import ROWS, LowRank, Written
 
 if TYPE_CHECKING:
@@ -83,6 +83,20 @@ def load(folder: Path) -> Any:
 def context_of(model: Any) -> int:
     """Tokens that the model can see."""
     return int(getattr(model.config, "max_position_embeddings", 0) or 2048)
+
+
+def context_in(folder: Path) -> int:
+    """The same of a model folder, which is not loaded.
+
+    Raises:
+        ModelError: it has no configuration.
+    """
+    try:
+        config = config_of(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: there is no config.json to read", "give the folder of a model") from error
+    inner = config.get("text_config") or config
+    return int(inner.get("max_position_embeddings") or 2048)
 
 
 def save(model: Any, tokenizer_folder: Path, out: Path) -> None:

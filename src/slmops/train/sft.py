@@ -69,6 +69,7 @@ class Prepared:
     Attributes:
         tokenizer: the one in `tokenizer_folder`.
         limit: most tokens of an example.
+        left_out: augmented copies that are too long for the model or for its teacher.
     """
 
     data: Encoded
@@ -77,6 +78,7 @@ class Prepared:
     tokenizer_folder: Path
     tokenizer: Any
     limit: int
+    left_out: int = 0
 
 
 def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -125,7 +127,9 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
         raise MissingExtraError("torch or transformers", "train") from error
     from slmops.train import encode, network, tuning
 
-    rows = encode.read(inputs, params.files)
+    before = encode.left_out_before(inputs)
+    every = encode.read(inputs, params.files)
+    rows = [row for row in every if encode.answer_digest(row) not in before] if before else every
     held = encode.read(inputs, (params.validation,)) if params.validation else []
     check_rows(rows, params.files)
     pairs = sum(row.example.rejected is not None for row in rows)
@@ -134,8 +138,9 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
             f"{pairs} of {len(rows)} examples have a rejected answer too: only train.method dpo and orpo use it, this step "
             "learns the chosen one"
         )
+    taught = rows
     if not params.validation:
-        rows, held = hold_out(rows, params.training.holdout)
+        taught, held = hold_out(rows, params.training.holdout)
     needed = "tokenizer" if params.architecture else "base"
     if needed not in inputs:
         raise ModelError(
@@ -156,13 +161,16 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
             )
     context = params.architecture.context if params.architecture else network.context_of(model)
     limit = min(context, params.training.max_length or context)
-    data, validation = encode.encode(rows, tokenizer, limit), encode.encode(held, tokenizer, limit)
+    seen = network.context_in(inputs["teacher"]) if "teacher" in inputs else limit
+    data, validation = encode.encode(taught, tokenizer, limit, seen), encode.encode(held, tokenizer, limit)
+    left_out = len(every) - len(rows) + len(data.left_out)
+    encode.say_left_out(left_out, ctx)
     if not len(data.ids):
         raise DataError("all examples were held out for validation", "lower train.holdout or give more examples")
     require_memory(params, inputs, len(tokenizer), data, validation, ctx)
     if params.architecture:
         model = network.build(params.architecture, tokenizer, ctx.seed)
-    return Prepared(data, validation, model, folder, tokenizer, limit)
+    return Prepared(data, validation, model, folder, tokenizer, limit, left_out)
 
 
 def counted(ready: Prepared, params: Params) -> str:
@@ -271,7 +279,8 @@ def learn(
     ctx.progress.log(counted(ready, params))
     objective = make_objective(ready, net) if make_objective else supervised(params, ready)
     loop = Loop(net, objective, training, ctx, identity=method)
-    record, facts = {"method": method, "tuning": training.tuning, **loop.run()}, loop.facts()
+    record = {"method": method, "tuning": training.tuning, **loop.run()}
+    facts = loop.facts() | {"copies_left_out": ready.left_out}
     plain, folder = ready.model, ready.tokenizer_folder
     if handle is not None:
         tuning.save_adapter(handle, training, inputs["base"], out)
