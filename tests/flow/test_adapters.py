@@ -50,6 +50,7 @@ def test_the_plan(tmp_path: Path) -> None:
     assert steps["adapter-first_word"].inputs == {"data": "data-first_word", "base": "student-base"}
     assert steps["adapter-first_word"].params["training"]["tuning"] == "rslora"
     assert steps["adapter-topic"].params["training"]["lora"]["rank"] == 16
+    assert steps["adapter-topic"].params["validation"] == "data/validation.jsonl"
     assert steps["student-adapters"].inputs == {
         "base": "student-base",
         "adapter.topic": "adapter-topic",

@@ -274,6 +274,19 @@ def test_beta_and_smoothing_reach_the_loss(base: Callable[[str], Path], pairs_fo
     assert curves[0] != curves[1] and curves[0] != curves[2]
 
 
+@pytest.mark.parametrize("pairs", [3, 0])
+def test_validation_looks_at_pairs_alone(
+    pairs: int, pairs_folder: Path, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A split without any is none: then some of the examples are held out."""
+    write_rows(tmp_path / "data/gold.jsonl", ranked(60))
+    write_rows(tmp_path / "data/validation.jsonl", [*ranked(pairs, 3), *examples(5, 4)])
+    out = tmp_path / "o"
+    facts = train(params("orpo", epochs=1, holdout=0.2), tmp_path / "data", base("llama"), out, tmp_path / "s")
+    assert facts["examples"] == 60 if pairs else 60 - facts["validation_examples"]
+    assert facts["validation_examples"] == pairs if pairs else facts["validation_examples"] > 5
+
+
 PLAIN = replace(ranked(1, 9)[0], rejected=None)
 LONG = replace(ranked(1, 8)[0], rejected="word " * 150)
 MARKED = replace(ranked(1, 8)[0], rejected="hi <|end|> you")

@@ -232,6 +232,20 @@ def test_holdout_goes_by_content() -> None:
     assert len(sft.hold_out(rows[:12], 0.001)[1]) == 1
 
 
+def test_without_a_validation_split_examples_are_held_out(data: Path, tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "teacher.jsonl").write_bytes((data / "teacher.jsonl").read_bytes())
+    (folder / "validation.jsonl").write_text("")
+    looked = {}
+    for file in ("data/validation.jsonl", None):
+        p = params(epochs=1, holdout=0.2).model_copy(update={"validation": file})
+        facts = train(p, {"data": folder, "tokenizer": tokenizer}, tmp_path / f"m{file is None}")
+        looked[file] = facts["validation_examples"]
+        assert facts["examples"] + looked[file] == 120
+    assert looked["data/validation.jsonl"] == looked[None] > 0
+
+
 def test_training_without_validation_keeps_the_last_weights(data: Path, tokenizer: Path, tmp_path: Path) -> None:
     p = params(epochs=1, holdout=0.0).model_copy(update={"validation": None})
     facts = train(p, {"data": data, "tokenizer": tokenizer}, tmp_path / "m")

@@ -183,7 +183,11 @@ class Training(Value):
     batching: Literal["bucket", "pack"] = "bucket"
     evaluations: Positive = Field(10, description="how many times validation is looked at over the whole training")
     patience: NonNegative = Field(4, description="stop after this many looks without a better one; 0: never")
-    holdout: Share = Field(0.05, description="share of the examples kept for validation where there is no split for it")
+    holdout: Share = Field(
+        0.05,
+        description="share of the examples kept for validation where there is no split for it, or where it would be more labels than "
+        "data.gold gives a student beside its teacher",
+    )
     quantization_aware: Literal["off", "int4"] = Field(
         "off", description="int4: train on weights rounded as the converter will round them, in the last part"
     )

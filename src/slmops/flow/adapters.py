@@ -74,7 +74,7 @@ def steps(spec: Spec, builder: Builder) -> None:
             "training": training.model_dump(mode="json"),
             "files": files,
             "architecture": None,
-            "validation": None,
+            "validation": "data/validation.jsonl",
         }
         about = f"train adapter {name} ({train.tuning}) over the base"
         models[f"adapter.{name}"] = builder.add(f"adapter-{name}", "train.sft", params, about, inputs)

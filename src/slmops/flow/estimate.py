@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmops.core.spec import PREFERENCE, Architecture
-from slmops.flow.memory import plan_of
+from slmops.flow.memory import counts, plan_of
 from slmops.flow.state import State, Status
-from slmops.store.files import read_json
 from slmops.train.estimate import estimate as training_estimate
 from slmops.train.fit import Plan
 
@@ -99,11 +98,9 @@ def trainings(state: State, survey: Sequence[Status]) -> list[Plan]:
 
 def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | None:
     """How many examples the step will train on, if the data step is there to tell."""
-    data = next((s for s in survey if s.step.id == "data"), None)
-    if data is None or data.output is None:
+    known = counts(state, status.step, survey)
+    if not known:
         return None
-    files = (read_json(state.store.path(data.output) / "info.json") or {}).get("files", {})
-    counts = {name.removesuffix(".jsonl"): entry.get("examples", 0) for name, entry in files.items()}
     names = {
         "data/teacher.jsonl": "teacher",
         "data/gold.jsonl": "gold",
@@ -111,7 +108,7 @@ def _examples(state: State, status: Status, survey: Sequence[Status]) -> int | N
         "synthetic/train.jsonl": "pool",
     }
     files = status.step.params.get("files", [])
-    found = sum(int(counts.get(names.get(name, ""), 0)) for name in files)
+    found = sum(known.get(names.get(name, ""), 0) for name in files)
     if "augmented/train.jsonl" in files:
         augmented = next(s.step for s in survey if s.step.id == status.step.inputs["augmented"])
         found *= 1 + int(augmented.params["augment"]["copies"])

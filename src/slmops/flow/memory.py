@@ -20,6 +20,7 @@ from slmops.core.step import Step
 from slmops.errors import Problem
 from slmops.flow.methods import bf16
 from slmops.flow.state import State, Status
+from slmops.store.files import read_json
 from slmops.train.available import available
 from slmops.train.fit import Plan
 from slmops.train.memory import Load
@@ -100,6 +101,14 @@ def _tokens(path: Path) -> list[tuple[float, float]]:
     return found
 
 
+def counts(state: State, step: Step, survey: Sequence[Status]) -> dict[str, int]:
+    """Examples in the files of the data that a step reads, by name without ending; nothing before the data is read."""
+    outputs = {status.step.id: status.output for status in survey}
+    output = outputs.get(step.inputs.get("data", ""))
+    info = (read_json(state.store.path(output) / "info.json") if output else None) or {}
+    return {name.removesuffix(".jsonl"): int(file.get("examples", 0)) for name, file in info.get("files", {}).items()}
+
+
 def plan_of(state: State, step: Step, survey: Sequence[Status], examples: int | None) -> Plan | None:
     """What is known of the size of a training; None for other steps, and where the model is not known.
 
@@ -116,10 +125,11 @@ def plan_of(state: State, step: Step, survey: Sequence[Status], examples: int | 
     longest, prompt, answer = known or (sum(USUAL), *USUAL)
     wide = min(longest, context)
     share = answer / (prompt + answer)
+    held = counts(state, step, survey).get("validation", 0) if step.params.get("validation") else 0
 
     def load(changed: Training) -> Load:
         width = min(wide, changed.max_length or wide)
-        return Load.guess(changed, examples or training.batch_size, width * (1 - share), width * share)
+        return Load.guess(changed, examples or training.batch_size, width * (1 - share), width * share, held)
 
     base = folder_of(state, step.inputs.get("base", ""), survey)
     file = lower_bytes(base) if base else 0

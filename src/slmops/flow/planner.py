@@ -15,7 +15,18 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from slmops.core import runtimes
-from slmops.core.spec import FROM_TEACHER, PREFERENCE, Architecture, Columns, Data, Spec, Task, TokenizerSpec, Training
+from slmops.core.spec import (
+    FROM_TEACHER,
+    PREFERENCE,
+    Architecture,
+    Columns,
+    Data,
+    Gold,
+    Spec,
+    Task,
+    TokenizerSpec,
+    Training,
+)
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
 from slmops.flow import adapters
@@ -185,6 +196,15 @@ def _supervised_first(spec: Spec) -> bool:
     return spec.train.method == "dpo" and spec.student.model is not None
 
 
+VALIDATION = "data/validation.jsonl"
+
+
+def _validation(spec: Spec) -> str | None:
+    """What the trainings of a student look at: the validation split. Beside a teacher, where `data.gold` counts the labels that the
+    student has, that split would be labels beyond those: there each training holds out some of its own examples."""
+    return None if spec.teacher is not None and spec.data.gold != Gold() else VALIDATION
+
+
 def _no_gold(spec: Spec) -> bool:
     return spec.data.gold.per_label == 0 or spec.data.gold.total == 0
 
@@ -269,7 +289,7 @@ class _Builder:
             "training": _json(training),
             "architecture": _json(model),
             "files": files,
-            "validation": "data/validation.jsonl",
+            "validation": VALIDATION,
         }
         assert self.spec.teacher is not None
         size = parameters(model, self.spec.teacher.tokenizer.vocabulary)
@@ -411,7 +431,7 @@ class _Builder:
         files, taught = self.augmented(
             "student", files, inputs | ({"synthetic": "synthetic"} if "synthetic" in has else {}), spec.data
         )
-        common = {"architecture": architecture, "validation": None}
+        common = {"architecture": architecture, "validation": _validation(spec)}
         params = {"training": _json(spec.train), "files": files} | common
         method, teacher_threads = spec.train.method, self._teacher_threads()
         if method == "logits":
@@ -450,7 +470,7 @@ class _Builder:
                 training = spec.train.preference.supervised
                 params = {"training": _json(training), "files": files} | common
                 self.add("student-sft", "train.sft", params, "learn the chosen answers first", taught, threads=threads)
-                start, own = {"architecture": None, "validation": None}, {"data": "data", "base": "student-sft"}
+                start, own = common | {"architecture": None}, {"data": "data", "base": "student-sft"}
             params = {"training": _json(spec.train), "files": ["data/gold.jsonl"]} | start
             word = f"learn from pairs ({method})"
             self.add("student", f"train.{method}", params, word, own, threads=threads)

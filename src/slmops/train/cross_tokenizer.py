@@ -39,7 +39,7 @@ LEAST = 1e-6
 
 DECLARATION = Declaration(
     name="train.cross_tokenizer",
-    version="2",
+    version="3",
     makes="model",
     takes={"aligned": "logits"} | sft.TAKES,
     extra="train",

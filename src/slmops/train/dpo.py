@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DECLARATION = Declaration(
     name="train.dpo",
-    version="2",
+    version="3",
     makes="model",
     takes=pairs.TAKES,
     extra="train",

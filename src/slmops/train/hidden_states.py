@@ -40,7 +40,7 @@ MAP = "transfer.map."
 
 DECLARATION = Declaration(
     name="train.hidden_states",
-    version="2",
+    version="3",
     makes="model",
     takes={"teacher": "model"} | sft.TAKES,
     extra="train",

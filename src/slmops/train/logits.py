@@ -36,7 +36,7 @@ TAIL = 1e-7  # least mass outside the list: float32 cannot tell less from nothin
 
 DECLARATION = Declaration(
     name="train.logits",
-    version="4",
+    version="5",
     makes="model",
     takes={"logits": "logits"} | sft.TAKES,
     extra="train",

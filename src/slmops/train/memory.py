@@ -137,16 +137,21 @@ class Load:
         return load.written(training, min(len(lengths), math.ceil(training.batch_size / training.accumulate)))
 
     @classmethod
-    def guess(cls, training: Training, examples: int, prompt: float, answer: float) -> Load:
-        """The load of `examples` that all have `prompt` and `answer` tokens."""
+    def guess(cls, training: Training, examples: int, prompt: float, answer: float, held: int = 0) -> Load:
+        """The load of `examples` that all have `prompt` and `answer` tokens.
+
+        Args:
+            held: validation examples beside them; 0: some of them are held out.
+        """
         rows = min(max(1, examples), math.ceil(training.batch_size / training.accumulate))
         both = 2 if method_of(training) in PREFERENCE else 1
         width = max(1, round(prompt + answer) - 1)
         losses = both * rows * (width if training.prompt_weight > 0 else max(1, round(answer)))
-        held = max(1, round(training.holdout * examples)) if training.holdout > 0 else 0
+        every = both * (examples + held)
+        held = held or (max(1, round(training.holdout * examples)) if training.holdout > 0 else 0)
         load = cls(
-            both * rows * width, losses, width, both * examples, round(both * examples * (prompt + answer)),
-            round(examples * answer), held, round(prompt),
+            both * rows * width, losses, width, every, round(every * (prompt + answer)), round(examples * answer), held,
+            round(prompt),
         )  # fmt: skip
         return load.written(training, rows)
 

@@ -28,7 +28,7 @@ LEAST = 1e-6
 
 DECLARATION = Declaration(
     name="train.orpo",
-    version="2",
+    version="3",
     makes="model",
     takes=pairs.TAKES,
     extra="train",

@@ -36,7 +36,7 @@ TAKES = {"data": "dataset", "tokenizer?": "tokenizer", "base?": "model"}
 
 
 class Params(sft.Params):
-    """As for `train.sft`, with the fields of `Train` that speak of preferences. All examples must be pairs."""
+    """As for `train.sft`, with the fields of `Train` that speak of preferences. All examples to learn from must be pairs."""
 
     training: Train
 
@@ -259,8 +259,7 @@ def learn(
     """
     from slmops.train import encode, network
 
-    for files in (params.files, (params.validation,) if params.validation else ()):
-        check_pairs(encode.read(inputs, files), method)
+    check_pairs(encode.read(inputs, params.files), method)
 
     def objective(ready: Prepared, net: Network) -> Objective:
         context = network.context_of(ready.model)

@@ -37,7 +37,7 @@ TAKES = {
 
 DECLARATION = Declaration(
     name="train.sft",
-    version="4",
+    version="5",
     makes="model",
     takes=TAKES,
     extra="train",
@@ -53,7 +53,8 @@ class Params(Base):
         training: how.
         architecture: the model from scratch (input `tokenizer`); None: go on from input `base`.
         files: `input/file` of the examples, for instance `data/teacher.jsonl`.
-        validation: `input/file` of validation examples; None: `training.holdout` of the examples, chosen by content.
+        validation: `input/file` of validation examples; None, or a file without any: `training.holdout` of the examples, chosen by
+            content. Preference methods look at its pairs alone.
     """
 
     training: Training = Training()
@@ -97,6 +98,16 @@ def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
     return kept, [row for row in held if not row.example.parent]
 
 
+def validation_rows(params: Params, inputs: Mapping[str, Path]) -> list[Row]:
+    """The validation examples that are given, of which preference methods can use the pairs; none where there are none."""
+    from slmops.train import encode
+
+    rows = encode.read(inputs, (params.validation,)) if params.validation else []
+    if getattr(params.training, "method", "") in PREFERENCE:
+        rows = [row for row in rows if row.example.rejected is not None]
+    return rows
+
+
 def check_rows(rows: list[Row], files: tuple[str, ...]) -> None:
     """Refuse data from which nothing can be learned.
 
@@ -130,7 +141,7 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
     before = encode.left_out_before(inputs)
     every = encode.read(inputs, params.files)
     rows = [row for row in every if encode.answer_digest(row) not in before] if before else every
-    held = encode.read(inputs, (params.validation,)) if params.validation else []
+    held = validation_rows(params, inputs)
     check_rows(rows, params.files)
     pairs = sum(row.example.rejected is not None for row in rows)
     if pairs and getattr(params.training, "method", "") not in PREFERENCE:
@@ -139,7 +150,7 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
             "learns the chosen one"
         )
     taught = rows
-    if not params.validation:
+    if not held:
         taught, held = hold_out(rows, params.training.holdout)
     needed = "tokenizer" if params.architecture else "base"
     if needed not in inputs:
