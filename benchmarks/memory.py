@@ -1,13 +1,14 @@
-"""How well slmops foresees the memory of a training on the CPU: predicted and measured peaks, a table and JSON.
+"""How well slmops foresees the memory of trainings, and of teachers' passes, on the CPU: predicted and measured peaks, a table and JSON.
 
     python benchmarks/memory.py              # the trainings that are reported: about five minutes on two cores
-    python benchmarks/memory.py --fit        # those that the constants of slmops.train.memory were fitted on
+    python benchmarks/memory.py --fit        # those that the constants were fitted on
+    python benchmarks/memory.py --only pass, # teachers' passes alone
 
 Each training is a whole method from a folder of examples to a saved model, some steps long, in a fresh process; its peak is the
 largest resident size that the system saw of it (ru_maxrss), libraries and page tables of all threads included. The prediction
 is made in this process, which imports no torch, from the same numbers that a run knows before it trains.
 
-Nothing was fitted on those in REPORTED: the constants of `slmops.train.memory` come from those in FITTED, which share no
+Nothing was fitted on those in REPORTED: the constants of `slmops.train.memory` and `pass_memory` come from those in FITTED, which share no
 shape with them. Lengths of the examples differ by a factor of three, as real ones do: the
 allocator's waste comes from that.
 """
@@ -38,12 +39,16 @@ TEMPLATE = (
 MARKS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 VALIDATION = 16
 PAIRS = ("dpo", "orpo")
+PASSES = {"cache_logits": "logits", "cache_aligned": "aligned"}
 CACHES = {"logits": ("cache_logits", "logits"), "cross_tokenizer": ("cache_aligned", "aligned")}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training: `tokens` are the mean of prompt and answer; lengths lie between half and one and a half of it."""
+    """A training, or a teacher's pass: `tokens` are the mean of prompt and answer; lengths lie between half and one and a half of it.
+
+    Of a pass, `architecture` is the teacher's, `teacher` that of a second one, and `training` are the pass's own settings.
+    """
 
     name: str
     architecture: dict[str, Any]
@@ -54,6 +59,7 @@ class Case:
     spare: int = 0
     method: str = "sft"
     teacher: dict[str, Any] | None = None
+    stored: str = "float32"
 
     @property
     def based(self) -> bool:
@@ -72,6 +78,8 @@ class Case:
 
     @property
     def examples(self) -> int:
+        if self.method in PASSES:
+            return self.spare
         return self.steps * int(self.training.get("batch_size", 64)) + self.spare
 
 
@@ -90,6 +98,12 @@ def _case(
 ) -> Case:  # fmt: skip
     taught = _architecture(teacher) if teacher else None
     return Case(name, _architecture(shape), vocabulary, tokens, training, steps, spare, method, taught)
+
+
+def _pass(name: str, shape: str, vocabulary: int, tokens: tuple[int, int], examples: int, method: str = "cache_logits",
+          second: str = "", stored: str = "float32", **settings: Any) -> Case:  # fmt: skip
+    other = _architecture(second) if second else None
+    return Case(name, _architecture(shape), vocabulary, tokens, settings, 0, examples, method, other, stored)
 
 
 FITTED = (
@@ -115,6 +129,14 @@ FITTED = (
     _case("on policy", "llama 3x224/4", 4400, (40, 16), steps=8, batch_size=24, method="on_policy", teacher="llama 4x256/4"),
     _case("hidden", "llama 3x224/4", 4400, (40, 16), steps=4, batch_size=32, method="hidden_states", teacher="llama 4x320/5"),
     _case("dpo", "llama 4x288/4", 4400, (40, 16), steps=4, batch_size=24, method="dpo"),
+    _pass("pass, small", "llama 2x128/4", 2000, (40, 10), 600),
+    _pass("pass, wide", "llama 4x448/7", 6000, (60, 20), 500),
+    _pass("pass, vocabulary", "llama 2x256/4", 30000, (30, 20), 400),
+    _pass("pass, many", "llama 1x96/4", 3000, (24, 10), 8000, samples=12),
+    _pass("pass, top k", "qwen3 3x320/5", 12000, (40, 16), 1200, selection="top_k", samples=32),
+    _pass("pass, fp32", "llama 6x320/5", 5000, (90, 20), 500, precision="fp32"),
+    _pass("pass, two teachers", "llama 3x256/4", 9000, (40, 16), 400, second="llama 2x320/5"),
+    _pass("pass, aligned", "llama 4x320/5", 8000, (40, 16), 2500, method="cache_aligned"),
 )  # fmt: skip
 
 REPORTED = (
@@ -146,6 +168,15 @@ REPORTED = (
     _case("lora, checkpointing, qwen3", "qwen3 7x368/8/4", 4600, (80, 25), batch_size=26, tuning="lora", checkpointing=True, steps=3),
     _case("adapter, two parts", "llama 6x464/8", 4600, (60, 25), batch_size=26, tuning="adapter", accumulate=2, steps=3),
     _case("orpo", "llama 5x312/6", 5200, (36, 20), batch_size=18, method="orpo", steps=4),
+    _pass("pass, 3M", "llama 4x224/4", 4000, (36, 14), 700),
+    _pass("pass, 19M", "llama 6x480/8", 9000, (70, 24), 300),
+    _pass("pass, 48M", "llama 10x608/8", 8000, (40, 16), 150),
+    _pass("pass, vocabulary of 50,000", "qwen3 2x320/5", 50000, (30, 16), 250),
+    _pass("pass, top k, batches of 16", "llama 3x288/4", 9000, (120, 40), 250, selection="top_k", samples=50, batch_size=16),
+    _pass("pass, two teachers", "qwen3 4x288/4", 7000, (40, 16), 400, second="llama 3x352/4"),
+    _pass("pass, from a file in bf16", "llama 6x512/8", 6000, (40, 16), 250, stored="bfloat16"),
+    _pass("pass, many examples", "llama 2x112/4", 2600, (20, 10), 9000),
+    _pass("pass, aligned", "qwen3 5x352/4", 6000, (40, 16), 900, method="cache_aligned"),
 )  # fmt: skip
 
 
@@ -155,9 +186,16 @@ def predict(case: Case) -> Any:
 
     from slmops.core.spec import Architecture, Train
     from slmops.flow.methods import bf16
-    from slmops.train import memory
+    from slmops.train import memory, pass_memory
     from slmops.train.shape import Shape
 
+    if case.method in PASSES:
+        settings = pass_memory.Settings(PASSES[case.method], **case.training)  # type: ignore[arg-type]
+        pairs = np.array(case.lengths(case.examples, 0))
+        given = pass_memory.Load.of(pairs[:, :2].sum(1), pairs[:, 0], settings.batch_size)
+        shapes = [Shape.of(Architecture(**a), case.vocabulary) for a in (case.architecture, case.teacher) if a]
+        file = 0 if case.stored == "float32" else 2 * sum(shape.parameters for shape in shapes)
+        return pass_memory.memory(settings, given, shapes, bf16() == "yes", file)
     settings = {"max_steps": case.steps, **case.training}
     training = Train.model_validate(settings | ({} if case.method == "sft" else {"method": case.method}))
     shape = Shape.of(Architecture(**case.architecture), case.vocabulary)
@@ -166,13 +204,14 @@ def predict(case: Case) -> Any:
     rows, held = np.array(case.lengths(case.examples, 0)), np.array(case.lengths(VALIDATION, 1))
     rejected = rows[:, 0] + rows[:, 2] if case.method in PAIRS else None
     load = memory.Load.of(rows[:, :2].sum(1), rows[:, 0], training, 1, held[:, :2].sum(1), rejected)
-    low = memory.computes_in_bf16(training, shape, bf16() == "yes")
+    low = memory.computes_in_bf16(training.precision, shape, bf16() == "yes")
     return memory.memory(shape, training, load, bf16=low, teacher=teacher)
 
 
 def write_inputs(case: Case, folder: Path) -> None:
     """What the training reads, in folders named as its inputs: a tokenizer that knows `vocabulary` words, examples of known
     lengths, and as the method needs it a base, a teacher or what its pass leaves."""
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -201,10 +240,13 @@ def write_inputs(case: Case, folder: Path) -> None:
                 rejected = some(other - 1) if case.method in PAIRS else None
                 example = Example((Message("user", some(prompt - 3)),), some(answer - 1), "gold", rejected=rejected)
                 file.write(json.dumps(example.to_json()) + "\n")
-    for name, shape in (("base", case.architecture if case.based else None), ("teacher", case.teacher)):
+    made = (("base", case.architecture if case.based else None), ("teacher", case.teacher))
+    if case.method in PASSES:
+        made = (("teacher", case.architecture), ("teacher.b", case.teacher))
+    for name, shape in made:
         if shape is not None:
             model = network.build(Architecture(**shape), fast, 3)
-            network.save(model, folder / "tokenizer", folder / name)
+            network.save(model.to(getattr(torch, case.stored)), folder / "tokenizer", folder / name)
     if case.method in CACHES:
         _run(CACHES[case.method][0], case, folder, CACHES[case.method][1])
 
@@ -215,6 +257,7 @@ def _run(method: str, case: Case, folder: Path, out: str, threads: int = 2) -> d
 
     module = importlib.import_module(f"slmops.train.{method}")
     takes = {name.rstrip("?") for name in module.DECLARATION.takes}
+    takes |= {"teacher.b"} if "teacher.*" in takes else set()
     inputs = {name: folder / name for name in takes if (folder / name).is_dir()}
     if case.based and method != "cache_logits":
         inputs.pop("tokenizer", None)
@@ -225,6 +268,8 @@ def _run(method: str, case: Case, folder: Path, out: str, threads: int = 2) -> d
             params["training"]["method"] = method
         params["architecture"] = None if case.based else case.architecture
         params["validation"] = "data/validation.jsonl"
+    if method in PASSES and method == case.method:
+        params |= case.training
     for name in ("scratch", out):
         (folder / name).mkdir(exist_ok=True)
     context = Context(1, folder / "scratch", folder, threads)
@@ -240,6 +285,12 @@ def train(case: Case, folder: Path, threads: int) -> dict[str, Any]:
     facts = _run(case.method, case, folder, "out", threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     wanted = ("parameters", "precision", "steps", "tokens")
+    if case.method in PASSES:
+        from slmops.core.spec import Architecture
+        from slmops.train.shape import parameters
+
+        shapes = [Architecture(**shape) for shape in (case.architecture, case.teacher) if shape]
+        facts |= {"parameters": sum(parameters(shape, case.vocabulary) for shape in shapes)}
     return {"peak": peak, "seconds": time.monotonic() - begin, **{n: facts[n] for n in wanted if n in facts}}
 
 
@@ -268,7 +319,7 @@ def measure(case: Case, threads: int) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table; MB of 1e6 bytes."""
     lines = [
-        "| training | parameters | precision | predicted MB | measured MB | predicted / measured |",
+        "| training or pass | parameters | precision | predicted MB | measured MB | predicted / measured |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for r in rows:

@@ -28,6 +28,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def model(folder: Path) -> None:
+    """The configuration of a model of 330 M parameters."""
+    folder.mkdir()
+    config = {
+        "model_type": "llama", "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24,
+        "intermediate_size": 2816, "vocab_size": 32000, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_run_and_plan_refuse_and_name_the_line(tmp_path: Path, slmops: Slmops, machine: pytest.MonkeyPatch) -> None:
     folder = write_project(tmp_path / "project", LARGE)
     line = 1 + LARGE.splitlines().index(next(row for row in LARGE.splitlines() if row.startswith("train:")))
@@ -55,6 +65,33 @@ def test_the_proposed_setting_is_accepted(tmp_path: Path, slmops: Slmops, machin
     over.refused(1, "--set: training student")
 
 
+def test_a_teacher_s_pass_is_refused_too(tmp_path: Path, slmops: Slmops, machine: pytest.MonkeyPatch) -> None:
+    folder = write_project(tmp_path / "project")
+    model(folder / "base")
+    large = ["--set", "teacher={base: ./base, instruct: false}", "--set", "train.teacher_batch=4000"]
+    refused = slmops("plan", *large, folder=folder)
+    refused.refused(1, "the teacher's pass logits needs about ", "3.2 GB are available")
+    way = re.search(r"train\.teacher_batch: (\d+) \(", refused.hint)
+    assert way is not None and "logit_samples" not in refused.hint  # fewer draws do not help
+    fits = [*large, "--set", f"train.teacher_batch={way[1]}"]
+    assert slmops("plan", *fits, folder=folder).code == 0
+    row = next(
+        s for s in json.loads(slmops("plan", "--json", *fits, folder=folder).out)["steps"] if s["step"] == "logits"
+    )
+    assert 4 * 300e6 < row["estimate"]["memory_bytes"] <= 3.2e9
+
+
+def test_a_pass_looks_again_at_its_own_tokens(tmp_path: Path, slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    folder = write_project(tmp_path / "project")
+    assert slmops("run", "synthetic", folder=folder).code == 0
+    monkeypatch.setattr(memory, "available", lambda: None)
+    monkeypatch.setattr(available, "available", lambda: -available.resident() + 300_000_000)
+    refused = slmops("run", "logits", folder=folder)
+    refused.refused(1, "the teacher's pass over the examples needs about ", "300 MB are available")
+    assert refused.started[-1] == "logits"
+
+
 def test_what_is_not_to_run_is_not_refused(tmp_path: Path, slmops: Slmops, machine: pytest.MonkeyPatch) -> None:
     folder = write_project(tmp_path / "project", LARGE)
     assert slmops("run", "data", folder=folder).started == ["data"]
@@ -69,12 +106,7 @@ def test_a_base_is_sized_by_its_config_and_may_be_tuned(
         tmp_path / "project",
         re.sub(r"student:\n  model: .*\n", "student: {base: ./base}\n", SPEC).replace("method: logits, ", ""),
     )
-    (folder / "base").mkdir()
-    config = {
-        "model_type": "llama", "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24,
-        "intermediate_size": 2816, "vocab_size": 32000, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (folder / "base" / "config.json").write_text(json.dumps(config))
+    model(folder / "base")
     machine.setattr(memory, "available", lambda: 4_500_000_000)
     refused = slmops("plan", folder=folder)
     refused.refused(1, "training student needs about ", "GB")

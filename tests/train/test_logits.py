@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from slmops.core.method import Context, SilentProgress
 from slmops.core.spec import Train
 from slmops.errors import DataError, TrainingError
-from slmops.train import cache_logits, logits, sft
+from slmops.train import cache_logits, logits, pass_memory, sft
 from slmops.train import tokenizer as bpe
 from tests.train.conftest import FAST, TINY, examples, write_rows
 
@@ -260,12 +261,25 @@ def test_an_example_that_is_too_long_and_no_copy_stays_an_error(data: Path, teac
         cache_logits.run(p, inputs, fresh(tmp_path / "cache"), context(tmp_path / "s"))
 
 
+def test_pieces_change_nothing(data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the draws nor their order, wherever a batch is cut."""
+    p, inputs = cache_logits.Params(files=FILES), {"data": data, "teacher": teacher}
+    cache_logits.run(p, inputs, fresh(tmp_path / "a"), context(tmp_path / "s"))
+    monkeypatch.setattr(pass_memory, "ROWS", 7)
+    monkeypatch.setattr(pass_memory, "PIECE", 1)
+    cache_logits.run(p, inputs, fresh(tmp_path / "b"), context(tmp_path / "t"))
+    whole, cut = (load_file(tmp_path / name / "distributions.safetensors") for name in "ab")
+    assert len(whole["ids"]) == len(cut["ids"])
+    for name in ("offsets", "ids", "weights"):
+        assert torch.equal(whole[name], cut[name])
+    torch.testing.assert_close(whole["entropy"], cut["entropy"])
+
+
 def test_cache_is_the_same_after_a_kill(
     data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_logits, "SHARD", 1)
-    monkeypatch.setattr(cache_logits, "BATCH", 16)
-    p, inputs = cache_logits.Params(files=FILES), {"data": data, "teacher": teacher}
+    p, inputs = cache_logits.Params(files=FILES, batch_size=16), {"data": data, "teacher": teacher}
     cache_logits.run(p, inputs, fresh(tmp_path / "a"), context(tmp_path / "s"))
 
     class Dies(SilentProgress):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 
 from slmops.core.spec import Architecture, Lora, Training
 from slmops.errors import ResourceError
-from slmops.train import activations, memory, network, tuning
+from slmops.train import activations, memory, network, pass_memory, tuning
 from slmops.train.available import available, resident
 from slmops.train.batches import Part
 from slmops.train.fit import Plan
 from slmops.train.memory import Load
+from slmops.train.pass_memory import PassPlan, Settings
 from slmops.train.shape import Shape
 from tests.train import bases
 
@@ -223,6 +225,47 @@ def test_where_one_setting_is_not_enough_all_are_named_together() -> None:
     tight.require(tight.memory().peak)
 
 
+def teacher_pass(**settings: Any) -> PassPlan:
+    """A pass over 5,000 examples of 60 tokens, of a teacher with a large vocabulary."""
+
+    def load(changed: Settings) -> pass_memory.Load:
+        return pass_memory.Load.guess(changed.batch_size, 5000, min(120, changed.max_length or 120), 45, 15)
+
+    return PassPlan("logits", "train.", Settings("logits", **settings), load, (shape_of(8, 512, 50_000),), False)
+
+
+def test_the_load_of_a_pass_is_that_of_its_largest_batch() -> None:
+    lengths, answers = np.array([41, 11, 31, 21]), np.array([36, 6, 16, 11])
+    load = pass_memory.Load.of(lengths, answers, 2)
+    assert (load.tokens, load.losses, load.width) == (2 * 40, 5 + 15, 41)  # [11, 21] and [31, 41]
+    assert (load.examples, load.all_tokens, load.answers) == (4, 104, 35)
+
+
+def test_a_pass_needs_more_for_more() -> None:
+    base = teacher_pass().memory().peak
+    assert teacher_pass(batch_size=128).memory().peak > base > teacher_pass(batch_size=16).memory().peak
+    assert teacher_pass(samples=64).memory().peak > base > teacher_pass(samples=2).memory().peak
+    assert teacher_pass(max_length=40).memory().peak < base
+    two = replace(teacher_pass(), teachers=(shape_of(8, 512, 50_000),) * 2)
+    assert two.memory().peak > base + 4 * shape_of(8, 512, 50_000).parameters
+
+
+def test_what_makes_a_pass_fit_does_and_where_nothing_does_it_says_so() -> None:
+    plan = teacher_pass()
+    bound = (plan.memory().needed + plan.memory(batch_size=16).needed) // 2
+    ways = plan.ways_out(bound)
+    assert ways[0].startswith("train.teacher_batch: ")
+    assert plan.memory(batch_size=int(ways[0].split()[1])).needed <= bound
+    with pytest.raises(ResourceError, match=r"the teacher's pass logits needs about .* are available") as caught:
+        plan.require(bound)
+    assert ways[0] in caught.value.hint
+    with pytest.raises(ResourceError) as caught:
+        plan.require(400_000_000)
+    assert "smaller teacher" in caught.value.hint and "method: sequence" in caught.value.hint
+    plan.require(plan.memory().needed)
+    plan.require(None)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_control_groups_bound_what_is_available(version: int, tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -247,7 +290,16 @@ def test_control_groups_bound_what_is_available(version: int, tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_measured_peak_is_near(tmp_path: Path) -> None:
     out = tmp_path / "memory.json"
-    words = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--only", "1M llama", "5M qwen3", "--json", str(out)]
+    words = [
+        sys.executable,
+        str(ROOT / "benchmarks/memory.py"),
+        "--only",
+        "1M llama",
+        "5M qwen3",
+        "pass, 3M",
+        "--json",
+        str(out),
+    ]
     subprocess.run(words, check=True, cwd=ROOT)
     for case in json.loads(out.read_text())["cases"]:
         assert case["ratio"] == pytest.approx(1, abs=0.25), case

@@ -50,13 +50,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(survey: Sequence[Status], costs: Mapping[str, Cost], cost: Cost) -> None:
+    from slmops.flow.memory import PASSES
+
     todo = [status for status in survey if status.state == "run"]
     table = [["step", "", "time", "memory", "what"]]
-    trained = {status.step.id for status in todo if status.step.params.get("training") is not None}
+    foreseen = {s.step.id for s in todo if s.step.params.get("training") is not None or s.step.method in PASSES}
     for status in survey:
         part = costs[status.step.id]
         time = "" if status.state == "cached" else (f"~{seconds(part.seconds)}" if part.seconds else "?")
-        memory = f"~{size(part.memory_bytes)}" if status.step.id in trained else ""
+        memory = f"~{size(part.memory_bytes)}" if status.step.id in foreseen else ""
         table.append([status.step.id, status.state, time, memory, status.step.about])
     print("\n".join(columns(table, right=(2, 3))))
     print()

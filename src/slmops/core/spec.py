@@ -402,6 +402,10 @@ class Train(Training):
     logit_selection: Literal["sampled", "top_k"] = "sampled"
     logit_weight: Share = Field(0.5, description="share of the loss that comes from the teacher's distribution")
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    teacher_batch: Positive = Field(
+        64,
+        description="examples that the teacher sees at once where its distributions are cached; fewer need less memory",
+    )
     on_policy: OnPolicy = OnPolicy()
     transfer: Transfer = Transfer()
     preference: Preference = Preference()

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmops.core.spec import PREFERENCE, Architecture
-from slmops.flow.memory import counts, plan_of
+from slmops.flow.memory import counts, pass_of, plan_of
 from slmops.flow.state import State, Status
 from slmops.train.estimate import estimate as training_estimate
 from slmops.train.fit import Plan
+from slmops.train.pass_memory import PassPlan
 
 RUNTIME_BYTES = 700_000_000
 """Resident bytes of Python with torch and transformers loaded."""
@@ -68,6 +69,9 @@ def estimate(state: State, status: Status, survey: Sequence[Status]) -> Cost:
     for value in (step.params.get("model"), (step.params.get("data") or {}).get("path")):
         if isinstance(value, str) and value.startswith("hf:"):
             downloads.append(value)
+    passed = pass_of(state, step, survey, _examples(state, status, survey))
+    if passed is not None:
+        return Cost(FIXED_SECONDS[step.method], 1e6, passed.memory().peak, tuple(downloads), bool(downloads))
     if not step.method.startswith("train.") or step.params.get("training") is None:
         return Cost(FIXED_SECONDS.get(step.method, 0.0), 1e6, RUNTIME_BYTES, tuple(downloads), bool(downloads))
     examples = _examples(state, status, survey)
@@ -86,13 +90,14 @@ def estimate(state: State, status: Status, survey: Sequence[Status]) -> Cost:
     return Cost(guess.seconds if examples is not None else 0.0, disk, needed, unknown=examples is None)
 
 
-def trainings(state: State, survey: Sequence[Status]) -> list[Plan]:
-    """The sizes of the trainings that are to run, as far as known."""
-    plans = (
-        plan_of(state, status.step, survey, _examples(state, status, survey))
+def trainings(state: State, survey: Sequence[Status]) -> list[Plan | PassPlan]:
+    """The sizes of the trainings and teachers' passes that are to run, as far as known."""
+    plans = [
+        of(state, status.step, survey, _examples(state, status, survey))
         for status in survey
-        if status.state == "run" and status.step.params.get("training") is not None
-    )
+        for of in (plan_of, pass_of)
+        if status.state == "run"
+    ]
     return [plan for plan in plans if plan is not None]
 
 

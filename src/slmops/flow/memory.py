@@ -1,4 +1,4 @@
-"""Whether the trainings of a plan fit into this machine's memory, asked before any of them starts.
+"""Whether the trainings and the teachers' passes of a plan fit into this machine's memory, asked before any of them starts.
 
 Shapes come from the steps themselves, or from the config.json of a model that is there. Lengths of examples come from the data
 step's texts once it has run, and from a usual message before that; a training looks again at its own tokens before it
@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slmops.core.spec import Architecture, Spec, TokenizerSpec, Train, Training
 from slmops.core.step import Step
@@ -24,6 +24,8 @@ from slmops.store.files import read_json
 from slmops.train.available import available
 from slmops.train.fit import Plan
 from slmops.train.memory import Load
+from slmops.train.pass_memory import Load as PassLoad
+from slmops.train.pass_memory import PassPlan, Settings
 from slmops.train.shape import Shape, lower_bytes
 
 CHARACTERS = 3.5
@@ -33,6 +35,14 @@ USUAL = (16.0, 8.0)
 """Tokens of prompt and answer of a short message, where no data is there to look at."""
 SAMPLE = 2000
 """Examples whose lengths are looked at, of each file."""
+
+
+PASSES: dict[str, Literal["logits", "aligned"]] = {
+    "train.cache_logits": "logits",
+    "train.cache_aligned": "aligned",
+}
+"""Methods in which a teacher leaves its distributions."""
+SETTINGS = ("batch_size", "max_length", "samples", "selection", "precision")
 
 
 def shape_of(state: State, step: Step, survey: Sequence[Status]) -> Shape | None:
@@ -62,9 +72,9 @@ def folder_of(state: State, id: str, survey: Sequence[Status]) -> Path | None:
     return state.project.resolve(source) if source else None
 
 
-def teacher_of(state: State, step: Step, survey: Sequence[Status]) -> Shape | None:
-    """The shape of the teacher that a training asks while it goes on; None where it asks none, or nobody knows it."""
-    id = step.inputs.get("teacher", "")
+def teacher_of(state: State, step: Step, survey: Sequence[Status], name: str = "teacher") -> Shape | None:
+    """The shape of the teacher among a step's inputs; None where there is none, or nobody knows it."""
+    id = step.inputs.get(name, "")
     folder = folder_of(state, id, survey)
     if folder is not None:
         return Shape.of_folder(folder)
@@ -139,6 +149,34 @@ def plan_of(state: State, step: Step, survey: Sequence[Status], examples: int | 
     )  # fmt: skip
 
 
+def pass_of(state: State, step: Step, survey: Sequence[Status], examples: int | None) -> PassPlan | None:
+    """What is known of the size of a teacher's pass; None for other steps, and where a teacher is not known.
+
+    Args:
+        examples: that it goes over, as far as known.
+    """
+    kind = PASSES.get(step.method)
+    names = [name for name in step.inputs if name == "teacher" or name.startswith("teacher.")]
+    shapes = [teacher_of(state, step, survey, name) for name in names] if kind else []
+    teachers = tuple(shape for shape in shapes if shape is not None)
+    if kind is None or len(teachers) < len(names):
+        return None
+    asked = {name: step.params[name] for name in SETTINGS if name in step.params}
+    known = lengths(state, step, survey)
+    longest, prompt, answer = known or (sum(USUAL), *USUAL)
+    settings = Settings(kind, **asked)
+    count = examples or settings.batch_size
+
+    def load(changed: Settings) -> PassLoad:
+        most = changed.max_length or longest
+        shorter = min(1.0, most / (prompt + answer))
+        return PassLoad.guess(changed.batch_size, count, min(longest, most), prompt * shorter, answer * shorter)
+
+    folders = [folder_of(state, step.inputs[name], survey) for name in names]
+    file = sum(lower_bytes(folder) for folder in folders if folder is not None)
+    return PassPlan(step.id, "train.", settings, load, teachers, bf16() == "yes", file)
+
+
 def key_of(spec: Spec, id: str) -> str:
     """What stands before the names of a training's settings in the project file."""
     kind, _, rest = id.partition("-")
@@ -167,8 +205,8 @@ def place(state: State, key: str) -> str:
     return f"{found.file}:{found.line}: " if found.line else f"{found.file or file}: "
 
 
-def require(state: State, plans: Sequence[Plan], bytes_: int | None = None) -> None:
-    """Refuse trainings that do not fit, the first of them.
+def require(state: State, plans: Sequence[Plan | PassPlan], bytes_: int | None = None) -> None:
+    """Refuse trainings and teachers' passes that do not fit, the first of them.
 
     Args:
         bytes_: what may be taken; default: what this machine has.

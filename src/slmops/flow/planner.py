@@ -443,6 +443,7 @@ class _Builder:
                 "max_length": spec.train.max_length,
                 "weights": self.others,
                 "precision": spec.train.precision,
+                "batch_size": spec.train.teacher_batch,
             }
             asked = taught | {"teacher": "teacher"} | {f"teacher.{id}": id for id in self.others}
             about = "one teacher pass: its distributions, cached"
@@ -452,7 +453,12 @@ class _Builder:
             about = "distil the student (logits)"
             self.add("student", "train.logits", params, about, taught | {"logits": "logits"}, threads=threads)
         elif method == "cross_tokenizer":
-            cache = {"files": files, "max_length": spec.train.max_length, "precision": spec.train.precision}
+            cache = {
+                "files": files,
+                "max_length": spec.train.max_length,
+                "precision": spec.train.precision,
+                "batch_size": spec.train.teacher_batch,
+            }
             about = "one teacher pass, cut where both tokenizers cut"
             asked = taught | {"teacher": "teacher"}
             self.add("aligned", "train.cache_aligned", cache, about, asked, threads=teacher_threads, seed=0)

@@ -16,9 +16,8 @@ from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
 from slmops.core.spec import Arithmetic, Positive
 from slmops.errors import TrainingError
+from slmops.train.pass_memory import BATCH, Settings, pieces, require_pass
 from slmops.train.sft import PACKAGES, TAKES, check_rows
-
-BATCH = 64
 
 DECLARATION = Declaration(
     name="train.cache_aligned",
@@ -34,13 +33,14 @@ DECLARATION = Declaration(
 class Params(Base):
     """What is kept: `files` as the student's training has them, and `ranks` probabilities of each place.
 
-    `precision` as in `train.cache_logits`.
+    `precision` and `batch_size` as in `train.cache_logits`.
     """
 
     files: tuple[str, ...]
     ranks: Positive = 32
     max_length: Positive | None = None
     precision: Arithmetic = "auto"
+    batch_size: Positive = BATCH
 
 
 def cuts(offsets: Sequence[tuple[int, int]]) -> list[int | None]:
@@ -93,11 +93,13 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             raise TrainingError(
                 f"the {who}'s tokenizer does not tell where its tokens stand in the text", "it needs a tokenizer.json"
             )
-    net = network.frozen(inputs["teacher"], params.precision)
-    context = network.context_of(net.model)
+    context = network.context_in(inputs["teacher"])
     data = encode.encode(rows, teacher, min(context, params.max_length or context))
     rows = list(data.rows)
     encode.say_left_out(len(data.left_out), ctx)
+    settings = Settings("aligned", params.batch_size, params.max_length, precision=params.precision)
+    require_pass(inputs, ["teacher"], settings, data, ctx)
+    net = network.frozen(inputs["teacher"], params.precision)
     answers = [row.example.answer or "" for row in rows]
     pairs = [common(t, s) for t, s in zip(answer_cuts(teacher, answers), answer_cuts(student, answers), strict=True)]
     theirs = [len(ids) for ids in teacher(answers, add_special_tokens=False)["input_ids"]]
@@ -106,12 +108,15 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     order = np.argsort(data.lengths, kind="stable")
     ctx.progress.start("the teacher's pass", len(order), "examples")
     with deterministic(ctx.threads), torch.no_grad():
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
+        for start in reversed(range(0, len(order), params.batch_size)):  # the longest first, as in `train.cache_logits`
+            batch = order[start : start + params.batch_size]
             part = collate(data, batch, 0.0, "bucket")
-            logits = net.logits(net.weights, to_device(part, net.device)).cpu()
-            logp = -torch.nn.functional.cross_entropy(logits, part.targets, reduction="none")
-            top = torch.softmax(logits, -1).topk(min(params.ranks, logits.shape[1]), -1).values
+            states, some = net.hidden(net.weights, to_device(part, net.device)), []
+            for a, b in pieces(len(part.targets), net.vocabulary):
+                logits = net.project(net.weights, states[a:b]).cpu()
+                nll = torch.nn.functional.cross_entropy(logits, part.targets[a:b], reduction="none")
+                some.append((-nll, torch.softmax(logits, -1).topk(min(params.ranks, logits.shape[1]), -1).values))
+            logp, top = (torch.cat(each) for each in zip(*some, strict=True))
             at = 0
             for i in (int(i) for i in batch):
                 n = int(data.answer_tokens[i])
@@ -140,6 +145,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     ctx.progress.log(f"{places} common cuts for {tokens} student tokens ({places / tokens:.0%})")
     return {
         "places": places, "student_tokens": tokens, "examples": len(rows), "copies_left_out": len(data.left_out),
+        "precision": "bf16" if net.bf16 else "fp32",
     }  # fmt: skip
 
 

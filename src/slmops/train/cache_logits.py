@@ -29,14 +29,16 @@ from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
 from slmops.core.spec import Arithmetic, Positive
 from slmops.errors import MissingExtraError, TrainingError
+from slmops.train.pass_memory import BATCH, Settings, pieces, require_pass
 from slmops.train.sft import PACKAGES, check_rows
 
 if TYPE_CHECKING:
     import torch
 
     from slmops.train.encode import Encoded
+    from slmops.train.network import Network
 
-BATCH = 64
+KEPT = ("counts", "ids", "weights", "entropy", "nll", "hit")
 SHARD = 32  # batches between two saved pieces: what a kill can cost
 
 DECLARATION = Declaration(
@@ -69,6 +71,7 @@ class Params(Base):
         weights: of further teachers by name; `teacher` has weight 1.
         precision: of the teachers' pass; `auto` takes bf16 for a teacher above 8 M parameters where the machine
             multiplies it in hardware. What comes out is float32.
+        batch_size: examples in one pass; the draws depend on it, their distribution does not.
     """
 
     files: tuple[str, ...]
@@ -78,6 +81,7 @@ class Params(Base):
     max_length: Positive | None = None
     weights: dict[str, float] = Field(default_factory=dict)
     precision: Arithmetic = "auto"
+    batch_size: Positive = BATCH
 
 
 def folder_digest(folder: Path) -> str:
@@ -140,7 +144,7 @@ def mixture(logits: Sequence[torch.Tensor], shares: Sequence[float], temperature
 
 
 def teacher_pass(
-    networks: Sequence[tuple[Any, float]], data: Encoded, params: Params, ctx: Context
+    networks: Sequence[tuple[Network, float]], data: Encoded, params: Params, ctx: Context
 ) -> dict[str, torch.Tensor]:
     """One forward pass over all examples, in pieces that survive a kill.
 
@@ -160,7 +164,8 @@ def teacher_pass(
     from slmops.train.objective import to_device
 
     order = np.argsort(data.lengths, kind="stable")
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    size, vocabulary = params.batch_size, networks[0][0].vocabulary
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
     who = [digest_weights(network.weights) for network, _ in networks]
     places = [[network.device, network.bf16] for network, _ in networks]
     settings = params.model_dump(mode="json")
@@ -169,44 +174,77 @@ def teacher_pass(
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     ctx.progress.start("teacher's distributions", len(order), "examples")
     with deterministic(ctx.threads), torch.no_grad():
-        for first in range(0, len(batches), SHARD):
+        for first in reversed(
+            range(0, len(batches), SHARD)
+        ):  # the longest first: what they leave in the heap serves all others
             path = ctx.scratch / f"logits-{mark[7:23]}-{first}.pt"
             if path.exists():
                 piece = torch.load(path, weights_only=True)
                 ctx.progress.advance(sum(len(b) for b in batches[first : first + SHARD]))
             else:
                 piece = {}
-                for number, batch in enumerate(batches[first : first + SHARD], first):
+                for number, batch in reversed(list(enumerate(batches))[first : first + SHARD]):
                     part = collate(data, batch, 0.0, "bucket")
-                    every = [n.logits(n.weights, to_device(part, n.device)).cpu() for n, _ in networks]
-                    shares = [share for _, share in networks]
-                    logits = mixture(every, shares, 1.0) if len(every) > 1 else every[0]
                     generator = torch.Generator().manual_seed((ctx.seed * 1_000_003 + number) % (1 << 62))
-                    drawn, temperature = logits, params.temperature
-                    if len(every) > 1:
-                        drawn, temperature = mixture(every, shares, temperature), 1.0
-                    counts, ids, weights, entropy = draw(
-                        drawn, params.samples, params.selection, temperature, generator
-                    )
-                    nll = torch.nn.functional.cross_entropy(logits, part.targets, reduction="none")
-                    hit = (logits.argmax(-1) == part.targets).float()
-                    ends = torch.cumsum(counts, 0)
-                    at = 0
-                    for i in batch:
-                        n = int(data.answer_tokens[i])
-                        a, b = int(ends[at - 1]) if at else 0, int(ends[at + n - 1])
-                        rows = slice(at, at + n)
-                        piece[int(i)] = {
-                            "counts": counts[rows].clone(), "ids": ids[a:b].clone(), "weights": weights[a:b].clone(),
-                            "entropy": entropy[rows].clone(), "nll": nll[rows].clone(), "hit": hit[rows].clone(),
-                        }  # fmt: skip
-                        at += n
+                    states = [n.hidden(n.weights, to_device(part, n.device)) for n, _ in networks]
+                    some = [
+                        look(networks, [state[a:b] for state in states], part.targets[a:b], params, generator)
+                        for a, b in pieces(len(part.targets), vocabulary)
+                    ]
+                    piece[number] = {name: torch.cat([one[name] for one in some]) for name in KEPT}
                     ctx.progress.advance(len(batch))
                 write(path, piece)
             found |= piece
     ctx.progress.stop()
-    names = ("counts", "ids", "weights", "entropy", "nll", "hit")
-    return {n: torch.cat([found[i][n] for i in range(len(data.ids))]) for n in names}
+    joined = {name: torch.cat([found[number].pop(name) for number in range(len(batches))]) for name in KEPT}
+    return in_order(joined, torch.from_numpy(np.concatenate(batches)), torch.from_numpy(data.answer_tokens))
+
+
+def look(
+    networks: Sequence[tuple[Network, float]], states: Sequence[torch.Tensor], targets: torch.Tensor, params: Params,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """What is kept of some positions, by the names in KEPT; see `teacher_pass`.
+
+    Args:
+        states: (P, hidden) of each teacher, as `Network.hidden` gives them.
+        targets: (P,) int64 answer tokens.
+    """
+    import torch
+
+    every = [n.project(n.weights, state).cpu() for (n, _), state in zip(networks, states, strict=True)]
+    shares = [share for _, share in networks]
+    logits = mixture(every, shares, 1.0) if len(every) > 1 else every[0]
+    drawn, temperature = logits, params.temperature
+    if len(every) > 1:
+        drawn, temperature = mixture(every, shares, temperature), 1.0
+    counts, ids, weights, entropy = draw(drawn, params.samples, params.selection, temperature, generator)
+    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    hit = (logits.argmax(-1) == targets).float()
+    return dict(zip(KEPT, (counts, ids, weights, entropy, nll, hit), strict=True))
+
+
+def in_order(joined: dict[str, torch.Tensor], members: torch.Tensor, sizes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What was kept of examples in the order of the batches, in the order of the examples.
+
+    Args:
+        joined: by name, of all positions, or, for ids and weights, of their entries.
+        members: (examples,) int64 which example comes at each place.
+        sizes: (examples,) int64 positions of each example, in their own order.
+    """
+    import torch
+
+    def ranges(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """start, start + 1, … of each start, as many as its count."""
+        return torch.repeat_interleave(starts - begins(counts), counts) + torch.arange(int(counts.sum()))
+
+    def begins(counts: torch.Tensor) -> torch.Tensor:
+        return torch.cumsum(counts, 0) - counts
+
+    positions = ranges(begins(sizes[members])[torch.argsort(members)], sizes)
+    counts = joined["counts"]
+    entries = ranges(begins(counts)[positions], counts[positions])
+    return {name: joined.pop(name)[entries if name in ("ids", "weights") else positions] for name in KEPT}
 
 
 def overlap(teacher: Any, student: Any) -> float:
@@ -303,23 +341,29 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             )
     names = sorted(name for name in inputs if name.startswith("teacher."))
     weights = [1.0, *(params.weights.get(name.partition(".")[2], 1.0) for name in names)]
-    teachers = []
-    for name, weight in zip(["teacher", *names], weights, strict=True):
+    for name in names:
         if encode.tokenizer_digest(inputs[name]) != mark:
             raise TrainingError(
                 f"{name} has another tokenizer than the first teacher",
                 "the mean of distributions needs the same tokens",
             )
-        teachers.append((network.frozen(inputs[name], params.precision), weight / sum(weights)))
+    context = min(network.context_in(inputs[name]) for name in ("teacher", *names))
+    data = encode.encode(rows, tokenizer, min(context, params.max_length or context))
+    encode.say_left_out(len(data.left_out), ctx)
+    settings = Settings(
+        "logits", params.batch_size, params.max_length, params.samples, params.selection, params.precision
+    )
+    require_pass(inputs, ["teacher", *names], settings, data, ctx)
+    teachers = [
+        (network.frozen(inputs[name], params.precision), weight / sum(weights))
+        for name, weight in zip(["teacher", *names], weights, strict=True)
+    ]
     net = teachers[0][0]
     for (other, _), name in zip(teachers[1:], names, strict=True):
         if other.vocabulary != net.vocabulary:
             raise TrainingError(
                 f"{name} has {other.vocabulary} tokens, the first teacher {net.vocabulary}", "take it out"
             )
-    context = min(network.context_of(teacher.model) for teacher, _ in teachers)
-    data = encode.encode(rows, tokenizer, min(context, params.max_length or context))
-    encode.say_left_out(len(data.left_out), ctx)
     kept = teacher_pass(teachers, data, params, ctx)
     small = torch.uint16 if net.vocabulary <= 1 << 16 else torch.uint32
     counted = torch.uint8 if params.samples < 256 else torch.uint16

@@ -61,7 +61,7 @@ def estimate(
     tokens = int(steps * min(training.batch_size, max(1, examples)) * answers * tokens_per_example)
     shape = Shape.of(architecture, vocabulary)
     load = Load.guess(training, examples, 0.6 * tokens_per_example, 0.4 * tokens_per_example)
-    needed = memory(shape, training, load, bf16=computes_in_bf16(training, shape, bf16)).peak
+    needed = memory(shape, training, load, bf16=computes_in_bf16(training.precision, shape, bf16)).peak
     body = count - vocabulary * architecture.hidden * (1 if architecture.tie_embeddings else 2)
     millions = 4.0 + 26.0 * body / 1e6 + 6.0 * architecture.layers  # seconds for a million tokens on two cores
     seconds = tokens / 1e6 * millions * 2 / max(1, min(threads, 16)) + 5

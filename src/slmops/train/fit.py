@@ -44,7 +44,7 @@ class Plan:
     def memory(self, **changes: object) -> Memory:
         """The estimate, with some settings changed."""
         training = self.training.model_copy(update=changes)
-        low = computes_in_bf16(training, self.shape, self.bf16)
+        low = computes_in_bf16(training.precision, self.shape, self.bf16)
         return memory(
             self.shape, training, self.load(training), bf16=low, teacher=self.teacher, file_bytes=self.file_bytes
         )
@@ -102,8 +102,7 @@ class Plan:
 
     def say(self, bytes_: int) -> str:
         """What the training needs of `bytes_` that may be taken, and what for."""
-        needed = self.memory()
-        return f"about {gigabytes(needed.peak)} of memory at the peak ({_made_of(needed)}), {gigabytes(bytes_)} are available"
+        return say(self.memory(), bytes_)
 
     def require(self, bytes_: int | None, where: str = "") -> None:
         """Refuse the training if it does not fit.
@@ -115,18 +114,38 @@ class Plan:
         Raises:
             ResourceError: it does not fit; the hint says what would.
         """
-        if bytes_ is None:
-            return
-        needed = self.memory()
-        if needed.needed <= bytes_:
-            return
-        ways = self.ways_out(bytes_)
-        raise ResourceError(
-            f"{where}training {self.what} needs about {gigabytes(needed.needed)} of memory ({_made_of(needed)}), "
-            f"{gigabytes(bytes_)} are available",
-            f"any of these makes it fit: {'; '.join(ways)}" if ways
-            else "no setting makes it fit here: take a smaller model, or a machine with more memory",
-        )  # fmt: skip
+        require(f"{where}training {self.what}", self.memory(), self.ways_out, bytes_, "a smaller model")
+
+
+def say(needed: Memory, bytes_: int) -> str:
+    """What is needed of `bytes_` that may be taken, and what for."""
+    return (
+        f"about {gigabytes(needed.peak)} of memory at the peak ({_made_of(needed)}), {gigabytes(bytes_)} are available"
+    )
+
+
+def require(
+    who: str, needed: Memory, ways_out: Callable[[int], list[str]], bytes_: int | None, instead: str
+) -> None:  # fmt: skip
+    """Refuse what does not fit.
+
+    Args:
+        who: place and name, for the message.
+        ways_out: of the bytes that may be taken: settings with which it fits.
+        bytes_: what may be taken; None: not known, so nothing is refused.
+        instead: what to take where no setting helps.
+
+    Raises:
+        ResourceError: it does not fit; the hint says what would.
+    """
+    if bytes_ is None or needed.needed <= bytes_:
+        return
+    ways = ways_out(bytes_)
+    raise ResourceError(
+        f"{who} needs about {gigabytes(needed.needed)} of memory ({_made_of(needed)}), {gigabytes(bytes_)} are available",
+        f"any of these makes it fit: {'; '.join(ways)}" if ways
+        else f"no setting makes it fit here: take {instead}, or a machine with more memory",
+    )  # fmt: skip
 
 
 def _made_of(needed: Memory) -> str:

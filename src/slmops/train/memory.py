@@ -193,14 +193,14 @@ class Memory:
         return sum(self.held.values()) + max(v for n, v in self.moments.items() if n != "loading") + self.left
 
 
-def computes_in_bf16(training: Training, shape: Shape, hardware: bool) -> bool:
+def computes_in_bf16(precision: str, shape: Shape, hardware: bool) -> bool:
     """Whether products are made in bf16.
 
     Args:
         hardware: whether the processor multiplies bfloat16.
     """
-    if training.precision != "auto":
-        return training.precision == "bf16"
+    if precision != "auto":
+        return precision == "bf16"
     return hardware and shape.parameters > AUTOMATIC
 
 
