@@ -104,6 +104,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     pairs = [common(t, s) for t, s in zip(answer_cuts(teacher, answers), answer_cuts(student, answers), strict=True)]
     theirs = [len(ids) for ids in teacher(answers, add_special_tokens=False)["input_ids"]]
     ours = encode.encode(rows, student, 1 << 30).answer_tokens.tolist()
+    ranks = min(params.ranks, net.vocabulary)
     kept: dict[int, tuple[Any, Any, Any]] = {}
     order = np.argsort(data.lengths, kind="stable")
     ctx.progress.start("the teacher's pass", len(order), "examples")
@@ -111,12 +112,12 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         for start in reversed(range(0, len(order), params.batch_size)):  # the longest first, as in `train.cache_logits`
             batch = order[start : start + params.batch_size]
             part = collate(data, batch, 0.0, "bucket")
-            states, some = net.hidden(net.weights, to_device(part, net.device)), []
+            states = net.hidden(net.weights, to_device(part, net.device))
+            logp, top = torch.empty(len(part.targets)), torch.empty(len(part.targets), ranks)
             for a, b in pieces(len(part.targets), net.vocabulary):
                 logits = net.project(net.weights, states[a:b]).cpu()
-                nll = torch.nn.functional.cross_entropy(logits, part.targets[a:b], reduction="none")
-                some.append((-nll, torch.softmax(logits, -1).topk(min(params.ranks, logits.shape[1]), -1).values))
-            logp, top = (torch.cat(each) for each in zip(*some, strict=True))
+                logp[a:b] = -torch.nn.functional.cross_entropy(logits, part.targets[a:b], reduction="none")
+                top[a:b] = torch.softmax(logits, -1).topk(ranks, -1).values
             at = 0
             for i in (int(i) for i in batch):
                 n = int(data.answer_tokens[i])

@@ -18,7 +18,7 @@ leaves those out too and refuses anything else.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -172,11 +172,11 @@ def teacher_pass(
     mark = digest_json([data.digest(), who, places, settings, ctx.seed, ctx.threads, torch.__version__])
     found: dict[int, dict[str, torch.Tensor]] = {}
     ctx.scratch.mkdir(parents=True, exist_ok=True)
+    most = max((int(data.answer_tokens[batch].sum()) for batch in batches), default=0)
+    buffers = buffers_for(most, min(params.samples, vocabulary))
     ctx.progress.start("teacher's distributions", len(order), "examples")
     with deterministic(ctx.threads), torch.no_grad():
-        for first in reversed(
-            range(0, len(batches), SHARD)
-        ):  # the longest first: what they leave in the heap serves all others
+        for first in reversed(range(0, len(batches), SHARD)):  # the longest first: what they leave serves all others
             path = ctx.scratch / f"logits-{mark[7:23]}-{first}.pt"
             if path.exists():
                 piece = torch.load(path, weights_only=True)
@@ -187,17 +187,49 @@ def teacher_pass(
                     part = collate(data, batch, 0.0, "bucket")
                     generator = torch.Generator().manual_seed((ctx.seed * 1_000_003 + number) % (1 << 62))
                     states = [n.hidden(n.weights, to_device(part, n.device)) for n, _ in networks]
-                    some = [
+                    some = (
                         look(networks, [state[a:b] for state in states], part.targets[a:b], params, generator)
                         for a, b in pieces(len(part.targets), vocabulary)
-                    ]
-                    piece[number] = {name: torch.cat([one[name] for one in some]) for name in KEPT}
+                    )
+                    piece[number] = gathered(buffers, some)
                     ctx.progress.advance(len(batch))
                 write(path, piece)
             found |= piece
     ctx.progress.stop()
     joined = {name: torch.cat([found[number].pop(name) for number in range(len(batches))]) for name in KEPT}
     return in_order(joined, torch.from_numpy(np.concatenate(batches)), torch.from_numpy(data.answer_tokens))
+
+
+def buffers_for(positions: int, entries: int) -> dict[str, torch.Tensor]:
+    """By the names in KEPT, room for what is kept of a batch.
+
+    Args:
+        entries: of a position, at most.
+    """
+    import torch
+
+    whole = {"counts": torch.int64, "ids": torch.int64}
+    return {
+        name: torch.empty(
+            positions * (entries if name in ("ids", "weights") else 1), dtype=whole.get(name, torch.float32)
+        )
+        for name in KEPT
+    }
+
+
+def gathered(
+    buffers: Mapping[str, torch.Tensor], some: Iterable[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Pieces one after the other, by name. Each is moved into a buffer as it comes: if it stayed where it was made, between tensors
+    as large as logits, the room that those leave could not be used again."""
+    ends = dict.fromkeys(KEPT, 0)
+    for one in some:
+        for name in KEPT:
+            tensor = one.pop(name)
+            buffers[name][ends[name] : ends[name] + len(tensor)] = tensor
+            ends[name] += len(tensor)
+            del tensor
+    return {name: buffers[name][:end].clone() for name, end in ends.items()}
 
 
 def look(
