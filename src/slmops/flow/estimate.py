@@ -1,7 +1,8 @@
 """What a run will cost, before it starts: seconds, disk, memory, downloads.
 
-Training is estimated by `slmops.train.estimate` from parameters and tokens; other steps by what they took on one small
-machine. These are orders of magnitude, shown with `~`, never promises; only a training's memory is near (`flow.memory`).
+The time of a training is estimated by `slmops.train.estimate` from parameters and tokens; other steps by what they took on
+one small machine. These are orders of magnitude, shown with `~`, never promises; only the memory of trainings and of teachers'
+passes is near (`slmops.flow.memory`).
 """
 
 from __future__ import annotations
