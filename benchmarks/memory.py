@@ -176,6 +176,8 @@ REPORTED = (
     _pass("pass, two teachers", "qwen3 4x288/4", 7000, (40, 16), 400, second="llama 3x352/4"),
     _pass("pass, from a file in bf16", "llama 6x512/8", 6000, (40, 16), 250, stored="bfloat16"),
     _pass("pass, many examples", "llama 2x112/4", 2600, (20, 10), 9000),
+    _pass("pass, 28M qwen3", "qwen3 5x640/10", 7000, (50, 12), 200),
+    _pass("pass, long rows", "llama 2x512/8", 4000, (260, 40), 160),
     _pass("pass, aligned", "qwen3 5x352/4", 6000, (40, 16), 900, method="cache_aligned"),
 )  # fmt: skip
 
