@@ -1,6 +1,6 @@
 """How well slmops foresees the memory of trainings, and of teachers' passes, on the CPU: predicted and measured peaks, a table and JSON.
 
-    python benchmarks/memory.py              # the trainings that are reported: about five minutes on two cores
+    python benchmarks/memory.py              # all that is reported: about eight minutes on two cores
     python benchmarks/memory.py --fit        # those that the constants were fitted on
     python benchmarks/memory.py --only pass, # teachers' passes alone
 
