@@ -1,11 +1,12 @@
-"""Training speed and memory of slmops and of TRL, side by side on the CPU: a table and JSON.
+"""Training speed and memory of slmops, TRL and LLaMA-Factory, side by side on the CPU: a table and JSON.
 
     python benchmarks/training.py            # three rounds of each case
     python benchmarks/training.py --quick    # one round of a few steps
+    python benchmarks/training.py --llamafactory .venv-llamafactory/bin/python
 
-It promises that both train the same model from the same first weights on the same token ids, batch size, epochs,
+It promises that all train the same model from the same first weights on the same token ids, batch size, epochs,
 optimiser, learning rates, precision and threads, each in a fresh process, in turns (slmops, TRL, slmops, TRL, …), and
-it stops if their tokens or steps differ. README.md beside it says what the columns mean and how TRL is set up.
+it stops if their tokens or steps differ. README.md beside it says what the columns mean and how the others are set up.
 
 The first process imports nothing heavy: it starts workers, which are this same file with `--worker`.
 """
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ from statistics import median
 from typing import Any
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
-NAMES = {"slmops": "slmops", "trl": "TRL", "trainer": "transformers Trainer"}
+NAMES = {"slmops": "slmops", "trl": "TRL", "llamafactory": "LLaMA-Factory", "trainer": "transformers Trainer"}
 SHAPES: dict[str, dict[str, int]] = {  # the decoders, llama, vocabulary 2,048
     "0.7M": {"layers": 2, "hidden": 128, "heads": 4},
     "5M": {"layers": 6, "hidden": 256, "heads": 8},
@@ -96,7 +97,7 @@ TEACHER = {False: (1024, 3), True: (512, 1)}  # examples and epochs of the teach
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told."""
+    """What a worker is told; `python` is the interpreter of LLaMA-Factory's environment, where that is asked for."""
 
     system: str
     case: Case
@@ -105,13 +106,14 @@ class Job:
     threads: int
     precision: str
     seed: int
+    python: str = ""
 
 
 # -- inputs: data, tokenizer, first weights of the students, teachers ------------------------------------------------
 
 
 def make_inputs(job: Job, cases: list[Case], quick: bool) -> None:
-    """Everything that both sides read, made once."""
+    """Everything that all sides read, made once."""
     from slmops.core.example import Example, Message
     from slmops.core.spec import Architecture, Training
     from slmops.templates import support_desk
@@ -180,7 +182,7 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (loaded before the clock starts, as for TRL)
 
     from slmops.core.spec import Lora, OnPolicy, Train
-    from slmops.train import batches, cache_logits, dpo, encode, logits, loop, network, on_policy, orpo, sft  # noqa: F401
+    from slmops.train import batches, cache_logits, dpo, encode, logits, loop, network, on_policy, orpo, pairs, sft  # noqa: F401
 
     imported = peak_mb()
     folder, case, ctx = Path(job.inputs), job.case, context(job)
@@ -219,11 +221,13 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
         "train_s": facts["seconds"], "cache_s": cached, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
         "imports_mb": imported, "steps": facts["steps"],
     }  # fmt: skip
-    if case.method in ("on_policy", "dpo", "orpo"):
+    if case.method == "on_policy":
         return {**measured, "tokens": ""}
     data = encode.encode(encode.read(inputs, files), encode.load_tokenizer(inputs["base"]), LONGEST)
-    pairs = zip(data.ids, data.answer_tokens.tolist(), strict=True)
-    return {**measured, "tokens": fingerprint((ids.tolist(), count) for ids, count in pairs)}
+    if kind == "pairs":
+        data = pairs.with_rejected(data, inputs["base"], LONGEST)
+    each = zip(data.ids, data.answer_tokens.tolist(), strict=True)
+    return {**measured, "tokens": fingerprint((ids.tolist(), count) for ids, count in each)}
 
 
 def train_trl(job: Job, out: Path) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
     """
     import torch
     from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import (  # noqa: F401
         AutoModelForCausalLM,
@@ -362,12 +366,99 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
         "imports_mb": imported, "steps": trainer.state.global_step,
     }  # fmt: skip
     if case.tuning != "full":
-        merged = PeftModel.from_pretrained(load(student), str(out / "adapter")).merge_and_unload()
-        merged.save_pretrained(str(out))
-    if case.method in ("on_policy", "dpo", "orpo"):  # tokenised on the way: only the steps are compared
+        merge(student, out)
+    if case.method == "on_policy":  # tokenised on the way: only the steps are compared
         return {**measured, "tokens": ""}
-    found = ((row["input_ids"], sum(label != -100 for label in row["labels"])) for row in trainer.train_dataset)
-    return {**measured, "tokens": fingerprint(found)}
+    return {**measured, "tokens": fingerprint(learned(trainer.train_dataset))}
+
+
+def train_llamafactory(job: Job, out: Path) -> dict[str, Any]:
+    """What `llamafactory-cli train` does, in a process of LLaMA-Factory's own interpreter (llamafactory_peer.py)."""
+    from slmops.core.spec import Training
+    from slmops.train.loop import Schedule
+
+    folder, case, files = Path(job.inputs), job.case, out.with_suffix(".llamafactory")
+    files.mkdir()
+    ours = Training(epochs=case.epochs, batch_size=BATCH)
+    ours = ours.model_copy(update={"learning_rate": case.rate or ours.learning_rate})
+    schedule = Schedule.of(ours, case.examples)
+    told = {
+        "arguments": llamafactory_arguments(job, out, files, ours.learning_rate, ours.weight_decay, ours.clip),
+        "rates": [schedule.learning_rate(step) for step in range(schedule.total)],
+        "threads": job.threads,
+    }
+    write_for_llamafactory(folder / "data", case, files)
+    (files / "told.json").write_text(json.dumps(told), "utf-8")
+    peer = Path(__file__).with_name("llamafactory_peer.py")
+    environment = os.environ | {"HF_HOME": str(files / "cache"), "USE_MODELSCOPE_HUB": "0"}
+    command = [job.python, str(peer), str(files / "told.json"), str(files / "measured.json")]
+    subprocess.run(command, env=environment, check=True)
+    measured: dict[str, Any] = json.loads((files / "measured.json").read_text("utf-8"))
+    if case.tuning != "full":
+        merge(folder / case.start, out)
+    return measured
+
+
+def llamafactory_arguments(job: Job, out: Path, files: Path, rate: float, decay: float, clip: float) -> dict[str, Any]:
+    """What its YAML file would say. Its template is the one that it reads from the tokenizer."""
+    case, pairs = job.case, job.case.method in ("dpo", "orpo")
+    found: dict[str, Any] = {
+        "model_name_or_path": str(Path(job.inputs) / case.start), "dataset": "bench", "dataset_dir": str(files),
+        "output_dir": str(out if case.tuning == "full" else out / "adapter"), "overwrite_cache": True,
+        "stage": "dpo" if pairs else "sft", "finetuning_type": "full" if case.tuning == "full" else "lora",
+        "do_train": True, "num_train_epochs": float(case.epochs), "seed": job.seed, "cutoff_len": LONGEST,
+        "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "disable_gradient_checkpointing": True,
+        "flash_attn": "sdpa", "optim": "adamw_torch_fused", "weight_decay": decay, "adam_beta2": 0.98,
+        "max_grad_norm": clip, "learning_rate": rate, "lr_scheduler_type": "cosine", "bf16": job.precision == "bf16",
+        "use_cpu": True, "dataloader_num_workers": 0, "dataloader_pin_memory": False, "eval_strategy": "no",
+        "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "plot_loss": False, "disable_tqdm": True,
+    }  # fmt: skip
+    if pairs:
+        found |= {"pref_beta": 0.1, "pref_loss": "sigmoid" if case.method == "dpo" else "orpo"}
+    else:
+        found |= {"train_sampling_strategy": "group_by_length"}  # its pairs have no column that it could group by
+    if case.tuning != "full":
+        found |= {"lora_rank": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0, "lora_target": "all"}
+    if case.tuning == "dora":
+        found |= {"use_dora": True}
+    if case.tuning == "qlora":
+        found |= {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}
+    return found
+
+
+def write_for_llamafactory(data: Path, case: Case, files: Path) -> None:
+    """The training examples of a case in its format, and the file that describes them."""
+    file, columns, pairs = (
+        data / f"train-{case.examples}.jsonl",
+        {"messages": "messages"},
+        case.method in ("dpo", "orpo"),
+    )
+    if pairs:
+        source = (data / f"pairs-{case.examples}.jsonl").read_text("utf-8").splitlines()
+        rows = [
+            {
+                "messages": row["messages"][:-1],
+                "chosen": row["messages"][-1],
+                "rejected": {"role": "assistant", "content": row["rejected"]},
+            }
+            for row in map(json.loads, source)
+        ]
+        file, columns = files / "pairs.jsonl", columns | {"chosen": "chosen", "rejected": "rejected"}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    tags = {"role_tag": "role", "content_tag": "content"}
+    tags |= {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+    told = {"file_name": str(file), "formatting": "sharegpt", "ranking": pairs, "columns": columns, "tags": tags}
+    (files / "dataset_info.json").write_text(json.dumps({"bench": told}), "utf-8")
+
+
+def merge(student: Path, out: Path) -> None:
+    """Put the low-rank additions in `out/adapter` into the student and write it to `out`."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    PeftModel.from_pretrained(base, str(out / "adapter")).merge_and_unload().save_pretrained(str(out))
 
 
 def tokenise(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
@@ -380,6 +471,22 @@ def tokenise(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]
         head = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         found.append({"input_ids": ids, "labels": [-100] * head + ids[head:], "length": len(ids)})
     return found
+
+
+def learned(rows: Any) -> Iterator[tuple[list[int], int]]:
+    """Token ids and number of answer tokens of each row of a trainer's data; of pairs all chosen, then all rejected.
+
+    Args:
+        rows: can be gone through twice; with ids and labels, or with the ids of prompt and answers apart.
+    """
+    first = next(iter(rows))
+    for side in ("chosen", "rejected") if any("chosen" in name for name in first) else ("",):
+        front = f"{side}_" if side else ""
+        for row in rows:
+            if "prompt_ids" in row:
+                yield row["prompt_ids"] + row[f"{front}ids"], len(row[f"{front}ids"])
+            else:
+                yield row[f"{front}input_ids"], sum(label != -100 for label in row[f"{front}labels"])
 
 
 def fingerprint(rows: Iterable[tuple[list[int], int]]) -> str:
@@ -400,7 +507,7 @@ def peak_mb() -> float:
 
 
 def score(job: Job, out: Path) -> dict[str, float]:
-    """Nats per answer token on the validation examples, by the models' own code: the same for both sides.
+    """Nats per answer token on the validation examples, by the models' own code: the same for all sides.
 
     Returns:
         `loss`: cross-entropy of the gold answers; with a teacher also `kl`: KL(teacher || student).
@@ -435,10 +542,12 @@ def score(job: Job, out: Path) -> dict[str, float]:
 
 def work(job: Job) -> dict[str, Any]:
     """Train, measure, then score."""
-    train: Callable[[Job, Path], dict[str, Any]] = train_slmops if job.system == "slmops" else train_trl
+    trainers: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
+        "slmops": train_slmops, "trl": train_trl, "trainer": train_trl, "llamafactory": train_llamafactory,
+    }  # fmt: skip
     out = Path(job.out)
     out.mkdir(parents=True)
-    measured = train(job, out)
+    measured = trainers[job.system](job, out)
     measured |= score(job, out)
     seen = job.case.examples * job.case.epochs
     measured["examples_per_s"] = seen / (measured["train_s"] + measured["cache_s"])
@@ -485,8 +594,15 @@ def machine(threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def covers(system: str, case: Case) -> bool:
+    """Whether a system can train the case: LLaMA-Factory has no distillation, the plain Trainer the cross-entropy alone."""
+    if system == "llamafactory":
+        return case.method in ("sft", "dpo", "orpo")
+    return system != "trainer" or (case.method, case.tuning) == ("sft", "full")
+
+
 def summary(case: Case, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of both sides, the ratio of the medians and the lowest and highest ratio of a round."""
+    """Medians of all sides, the ratio of the medians and the lowest and highest ratio of a round."""
     middle: dict[str, dict[str, Any]] = {
         system: {k: median(r[k] for r in rows) for k, v in rows[0].items() if isinstance(v, float | int)}
         for system, rows in runs.items()
@@ -502,7 +618,7 @@ def summary(case: Case, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """A Markdown table, two rows for each case."""
+    """A Markdown table: for each case a row a system and the ratios to slmops."""
     lines = [
         "| case | system | examples/s | cache (s) | training (s) | whole job (s) | CPU (s) | peak MB | validation loss | KL to teacher |",
         "| --- | --- |" + " ---: |" * 8,
@@ -572,15 +688,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         more = ["--setup", json.dumps([asdict(c) for c in [*cases, SAME]]), *(["--quick"] if options.quick else [])]
         start(job, more, options.threads, BUILD / "setup.log")
         (inputs / "done").touch()
-    systems = ("slmops", "trl", *(("trainer",) if options.trainer else ()))
+    more = {"llamafactory": options.llamafactory, "trainer": options.trainer}
+    systems = ("slmops", "trl", *(system for system, asked in more.items() if asked))
 
     def one(system: str, case: Case, label: str) -> dict[str, Any]:
         shutil.rmtree(BUILD / "work", ignore_errors=True)
         out = str(BUILD / "work" / "model")
-        job = Job(system, case, str(inputs), out, options.threads, options.precision, options.seed)
+        python = str(options.llamafactory or "")
+        job = Job(system, case, str(inputs), out, options.threads, options.precision, options.seed, python)
         result = start(job, [], options.threads, BUILD / f"{system}.log")
+        if "packages" in result:
+            found["machine"][f"{system}_packages"] = result.pop("packages")
         say(
-            f"{label}  {case.name:<20} {NAMES[system]:<7} {result['examples_per_s']:8.1f} examples/s"
+            f"{label}  {case.name:<20} {NAMES[system]:<13} {result['examples_per_s']:8.1f} examples/s"
             f"  {result['peak_mb']:6.0f} MB  validation loss {result['loss']:.4f}"
         )
         return result
@@ -589,10 +709,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     check_same(SAME, same, 1e-3 if options.precision == "fp32" else 3e-2)
     found["same_batches_validation_loss"] = {system: result["loss"] for system, result in same.items()}
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
-        case.name: {
-            system: [] for system in systems if system != "trainer" or (case.method, case.tuning) == ("sft", "full")
-        }
-        for case in cases
+        case.name: {system: [] for system in systems if covers(system, case)} for case in cases
     }
     for number in range(rounds):
         for case in cases:
@@ -609,11 +726,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of a few steps: does it work, roughly how fast")
     parser.add_argument("--rounds", type=int, help="default: 3, with --quick 1")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of both sides")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of all sides")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--large", action="store_true", help="also distillation from an 11 M teacher")
     parser.add_argument("--trainer", action="store_true", help="also the plain Trainer of transformers, for SFT")
+    parser.add_argument(
+        "--llamafactory", type=Path, metavar="PYTHON", help="also LLaMA-Factory, with the interpreter that has it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=BUILD / "training.json", help="where the numbers go")
     for hidden in ("--worker", "--result", "--setup"):
