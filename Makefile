@@ -2,18 +2,19 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PEER   := .venv-llamafactory
 DEMO   := demo
 REPORT ?= $(DEMO)/outputs/$(notdir $(DEMO))/report.html
 
 
-.PHONY: demo test check bench docs lint clean
+.PHONY: demo test check bench bench-peer docs lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, distil, quantise, judge and bundle a support-desk model (minutes, no network after set-up)"
 	@echo "make test    everything that CI runs"
 	@echo "make check   the fast loop: lint, types, contracts, quick tests"
-	@echo "make bench   training speed and memory against other trainers"
+	@echo "make bench   training speed and memory against TRL; make bench-peer also against LLaMA-Factory"
 	@echo "make docs    regenerate the reference and the pictures"
 
 $(VENV)/bin/python:
@@ -55,8 +56,19 @@ test: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --durations=12
 
+# The package index has torchvision and torchaudio for CUDA: beside a torch for the CPU they cannot be imported, and
+# training on text needs neither.
+$(PEER)/.run: benchmarks/llamafactory.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/llamafactory.txt
+	$(PEER)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio
+	@touch $@
+
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/training.py
+
+bench-peer: $(VENV)/.bench $(PEER)/.run
+	$(BIN)/python benchmarks/training.py --llamafactory $(PEER)/bin/python
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -211,7 +212,9 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
         taught = inputs | {"teacher": folder / f"teacher-{case.teacher}"}
         facts = on_policy.run(on_policy.Params(training=training, files=files), taught, out, ctx)
     elif case.method == "dpo":
+        taken = timed(dpo, "reference")
         facts = dpo.run(dpo.Params(training=Train(method="dpo", **common), files=files), inputs, out, ctx)
+        cached = sum(taken)
     elif case.method == "orpo":
         facts = orpo.run(orpo.Params(training=Train(method="orpo", **common), files=files), inputs, out, ctx)
     else:
@@ -292,6 +295,7 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
     kind = "pairs" if case.method in ("dpo", "orpo") else "train"
     rows = [json.loads(line) for line in (folder / "data" / f"{kind}-{case.examples}.jsonl").open(encoding="utf-8")]
     clock = Clock()
+    taken: list[float] = []
     common: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [clock]}
     if case.tuning == "qlora":
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -331,6 +335,7 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
             }
             for row in rows
         ]
+        taken = timed(DPOTrainer, "_precompute_ref_logps")
         made: Any = (DPOTrainer, DPOConfig) if case.method == "dpo" else (ORPOTrainer, ORPOConfig)
         more = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": BATCH} if case.method == "dpo" else {}
         trainer = made[0](
@@ -362,7 +367,7 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
         trainer.model.save_pretrained(str(out / "adapter"))
     whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
     measured = {
-        "train_s": clock.seconds, "cache_s": 0.0, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
+        "train_s": clock.seconds, "cache_s": sum(taken), "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
         "imports_mb": imported, "steps": trainer.state.global_step,
     }  # fmt: skip
     if case.tuning != "full":
@@ -473,6 +478,22 @@ def tokenise(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]
     return found
 
 
+def timed(owner: Any, name: str) -> list[float]:
+    """From now on the seconds of each call of a function or method of `owner` go into the list that is returned."""
+    function, taken = getattr(owner, name), list[float]()
+
+    @wraps(function)
+    def call(*args: Any, **more: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return function(*args, **more)
+        finally:
+            taken.append(time.perf_counter() - begun)
+
+    setattr(owner, name, call)
+    return taken
+
+
 def learned(rows: Any) -> Iterator[tuple[list[int], int]]:
     """Token ids and number of answer tokens of each row of a trainer's data; of pairs all chosen, then all rejected.
 
@@ -569,7 +590,14 @@ def start(job: Job, more: list[str], threads: int, log: Path) -> dict[str, Any]:
     }  # fmt: skip
     command = [sys.executable, __file__, "--worker", json.dumps(asdict(job)), "--result", str(result), *more]
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        worker = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = worker.wait()
+        finally:
+            if worker.poll() is None:  # interrupted: with all that the worker has started
+                os.killpg(worker.pid, signal.SIGKILL)
     if code or not result.exists():
         tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
         raise SystemExit(f"the worker for {job.system}, {job.case.name} ended with {code}:\n{tail}\n(all of it: {log})")
@@ -688,8 +716,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         more = ["--setup", json.dumps([asdict(c) for c in [*cases, SAME]]), *(["--quick"] if options.quick else [])]
         start(job, more, options.threads, BUILD / "setup.log")
         (inputs / "done").touch()
-    more = {"llamafactory": options.llamafactory, "trainer": options.trainer}
-    systems = ("slmops", "trl", *(system for system, asked in more.items() if asked))
+    asked = {"trl": options.trl, "llamafactory": options.llamafactory, "trainer": options.trainer}
+    systems = ("slmops", *(system for system, wanted in asked.items() if wanted))
 
     def one(system: str, case: Case, label: str) -> dict[str, Any]:
         shutil.rmtree(BUILD / "work", ignore_errors=True)
@@ -730,6 +758,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--large", action="store_true", help="also distillation from an 11 M teacher")
+    parser.add_argument("--no-trl", dest="trl", action="store_false", help="leave TRL out")
     parser.add_argument("--trainer", action="store_true", help="also the plain Trainer of transformers, for SFT")
     parser.add_argument(
         "--llamafactory", type=Path, metavar="PYTHON", help="also LLaMA-Factory, with the interpreter that has it"
