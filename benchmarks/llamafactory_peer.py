@@ -64,7 +64,7 @@ def main() -> None:
     whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
     measured = {
         "train_s": watch.seconds, "cache_s": 0.0, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
-        "imports_mb": imported, "steps": watch.steps, "tokens": fingerprint(learned(watch.data)),
+        "imports_mb": imported, "gpu_mb": 0.0, "steps": watch.steps, "tokens": fingerprint(learned(watch.data)),
         "packages": {name: version(name) for name in PACKAGES},
     }  # fmt: skip
     Path(sys.argv[2]).write_text(json.dumps(measured), "utf-8")

@@ -1,8 +1,9 @@
-"""Training speed and memory of slmops, TRL and LLaMA-Factory, side by side on the CPU: a table and JSON.
+"""Training speed and memory of slmops, TRL and LLaMA-Factory, side by side on the CPU or a GPU: a table and JSON.
 
     python benchmarks/training.py            # three rounds of each case
     python benchmarks/training.py --quick    # one round of a few steps
     python benchmarks/training.py --llamafactory .venv-llamafactory/bin/python
+    python benchmarks/training.py --cuda     # larger models on a GPU, in bf16, without LLaMA-Factory
 
 It promises that all train the same model from the same first weights on the same token ids, batch size, epochs,
 optimiser, learning rates, precision and threads, each in a fresh process, in turns (slmops, TRL, slmops, TRL, …), and
@@ -37,6 +38,8 @@ SHAPES: dict[str, dict[str, int]] = {  # the decoders, llama, vocabulary 2,048
     "0.7M": {"layers": 2, "hidden": 128, "heads": 4},
     "5M": {"layers": 6, "hidden": 256, "heads": 8},
     "11M": {"layers": 6, "hidden": 384, "heads": 8},
+    "41M": {"layers": 12, "hidden": 512, "heads": 8},
+    "304M": {"layers": 24, "hidden": 1024, "heads": 16},
 }
 VOCABULARY, BATCH, VALIDATION, LONGEST = 2048, 64, 256, 256
 
@@ -68,13 +71,13 @@ class Case:
         return f"{'taught' if self.taught else 'student'}-{self.student}"
 
 
-def tuned(count: int, epochs: int) -> tuple[Case, ...]:
+def tuned(count: int, epochs: int, large: str = "5M", small: str = "0.7M") -> tuple[Case, ...]:
     """The tunings and the other methods, from a model that knows something already."""
     return (
-        *(Case(f"{t} 5M", "5M", count, epochs, tuning=t, taught=True) for t in ("lora", "dora", "qlora")),
-        Case("on_policy 5M to 0.7M", "0.7M", count, epochs, "5M", "on_policy", taught=True, rate=5e-4),
-        Case("dpo 5M", "5M", count, epochs, method="dpo", taught=True, rate=1e-4),
-        Case("orpo 5M", "5M", count, epochs, method="orpo", taught=True, rate=1e-4),
+        *(Case(f"{t} {large}", large, count, epochs, tuning=t, taught=True) for t in ("lora", "dora", "qlora")),
+        Case(f"on_policy {large} to {small}", small, count, epochs, large, "on_policy", taught=True, rate=5e-4),
+        Case(f"dpo {large}", large, count, epochs, method="dpo", taught=True, rate=1e-4),
+        Case(f"orpo {large}", large, count, epochs, method="orpo", taught=True, rate=1e-4),
     )
 
 
@@ -90,6 +93,11 @@ QUICK = (
     Case("sft 5M", "5M", 256, 1),
     Case("logits 5M to 0.7M", "0.7M", 256, 5, "5M", "logits"),
     *tuned(256, 1),
+)
+CUDA = (
+    Case("sft 304M", "304M", 2048, 1),
+    Case("logits 304M to 41M", "41M", 2048, 2, "304M", "logits"),
+    *tuned(2048, 1, "304M", "41M"),
 )
 RANK, NEW_TOKENS = 16, 64
 SAME = Case("one batch", "0.7M", BATCH, 20)  # one batch an epoch: the order of the data cannot matter
@@ -108,6 +116,7 @@ class Job:
     precision: str
     seed: int
     python: str = ""
+    device: str = "cpu"
 
 
 # -- inputs: data, tokenizer, first weights of the students, teachers ------------------------------------------------
@@ -222,7 +231,7 @@ def train_slmops(job: Job, out: Path) -> dict[str, Any]:
     whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
     measured = {
         "train_s": facts["seconds"], "cache_s": cached, "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
-        "imports_mb": imported, "steps": facts["steps"],
+        "imports_mb": imported, "steps": facts["steps"], "gpu_mb": gpu_mb(job),
     }  # fmt: skip
     if case.method == "on_policy":
         return {**measured, "tokens": ""}
@@ -268,6 +277,8 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
             self.begun = time.perf_counter()
 
         def on_train_end(self, *_args: Any, **_more: Any) -> None:
+            if job.device == "cuda":
+                torch.cuda.synchronize()
             self.seconds = time.perf_counter() - self.begun
 
     imported = peak_mb()
@@ -287,7 +298,7 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
         "output_dir": str(out.with_suffix(".trl")), "num_train_epochs": case.epochs, "seed": job.seed,
         "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
         "optim": "adamw_torch_fused", "weight_decay": ours.weight_decay, "adam_beta2": 0.98, "max_grad_norm": ours.clip,
-        "learning_rate": ours.learning_rate, "bf16": job.precision == "bf16", "use_cpu": True,
+        "learning_rate": ours.learning_rate, "bf16": job.precision == "bf16", "use_cpu": job.device == "cpu",
         "train_sampling_strategy": "group_by_length", "dataloader_num_workers": 0, "dataloader_pin_memory": False,
         "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
         "disable_tqdm": True,
@@ -298,8 +309,11 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
     taken: list[float] = []
     common: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [clock]}
     if case.tuning == "qlora":
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        common["model"] = load(student, quantization_config=four, device_map={"": "cpu"})
+        low = torch.bfloat16 if job.device == "cuda" else torch.float32
+        four = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=low
+        )
+        common["model"] = load(student, quantization_config=four, device_map={"": job.device})
     else:
         common["model"] = load(student)
     if case.tuning != "full":
@@ -368,7 +382,7 @@ def train_trl(job: Job, out: Path) -> dict[str, Any]:
     whole, cpu = time.perf_counter() - begun, time.process_time() - cpu
     measured = {
         "train_s": clock.seconds, "cache_s": sum(taken), "whole_s": whole, "whole_cpu_s": cpu, "peak_mb": peak_mb(),
-        "imports_mb": imported, "steps": trainer.state.global_step,
+        "imports_mb": imported, "steps": trainer.state.global_step, "gpu_mb": gpu_mb(job),
     }  # fmt: skip
     if case.tuning != "full":
         merge(student, out)
@@ -515,6 +529,13 @@ def fingerprint(rows: Iterable[tuple[list[int], int]]) -> str:
     return hashlib.sha256(json.dumps([[ids, answer] for ids, answer in rows]).encode()).hexdigest()[:16]
 
 
+def gpu_mb(job: Job) -> float:
+    """The most GPU memory that tensors of this process have held at once, in MB (1e6 bytes); 0 on a CPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e6 if job.device == "cuda" else 0.0
+
+
 def peak_mb() -> float:
     """The most memory that this process has had at once, in MB (1e6 bytes)."""
     try:  # ru_maxrss would count the parent's memory too if that was larger when it forked
@@ -584,10 +605,11 @@ def start(job: Job, more: list[str], threads: int, log: Path) -> dict[str, Any]:
     result = log.with_suffix(".result.json")
     result.unlink(missing_ok=True)
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
+    if job.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, __file__, "--worker", json.dumps(asdict(job)), "--result", str(result), *more]
     with log.open("w", encoding="utf-8") as file:
         worker = subprocess.Popen(
@@ -605,7 +627,7 @@ def start(job: Job, more: list[str], threads: int, log: Path) -> dict[str, Any]:
     return found
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str) -> dict[str, Any]:
     """What the numbers belong to."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -618,7 +640,7 @@ def machine(threads: int) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "cpu": model, "cores": os.cpu_count(), "threads": threads, "load_before": load, "python": platform.python_version(),
-        "packages": packages,
+        "packages": packages, "gpu": gpu_name() if device == "cuda" else None,
     }  # fmt: skip
 
 
@@ -627,6 +649,12 @@ def covers(system: str, case: Case) -> bool:
     if system == "llamafactory":
         return case.method in ("sft", "dpo", "orpo")
     return system != "trainer" or (case.method, case.tuning) == ("sft", "full")
+
+
+def gpu_name() -> str:
+    """The GPU, as a process of its own sees it: this one stays free of torch."""
+    code = "import torch; print(torch.cuda.get_device_name())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def summary(case: Case, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -638,7 +666,9 @@ def summary(case: Case, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
     ratios: dict[str, Any] = {}
     for other in list(runs)[1:]:
         ratios[other] = {}
-        for name in ("examples_per_s", "whole_s", "whole_cpu_s", "peak_mb"):
+        for name in ("examples_per_s", "whole_s", "whole_cpu_s", "peak_mb", "gpu_mb"):
+            if not middle["slmops"][name]:
+                continue
             rounds = [a[name] / b[name] for a, b in zip(runs["slmops"], runs[other], strict=True)]
             value = middle["slmops"][name] / middle[other][name]
             ratios[other][name] = {"value": value, "low": min(rounds), "high": max(rounds)}
@@ -648,14 +678,16 @@ def summary(case: Case, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
 def table(cases: list[dict[str, Any]]) -> str:
     """A Markdown table: for each case a row a system and the ratios to slmops."""
     lines = [
-        "| case | system | examples/s | cache (s) | training (s) | whole job (s) | CPU (s) | peak MB | validation loss | KL to teacher |",
-        "| --- | --- |" + " ---: |" * 8,
+        "| case | system | examples/s | cache (s) | training (s) | whole job (s) | CPU (s) | peak MB | GPU MB | validation loss "
+        "| KL to teacher |",
+        "| --- | --- |" + " ---: |" * 9,
     ]
     for case in cases:
         for system, m in case["median"].items():
             cells = [
                 f"{m['examples_per_s']:,.1f}", f"{m['cache_s']:.1f}" if m["cache_s"] else "", f"{m['train_s']:.1f}",
-                f"{m['whole_s']:.1f}", f"{m['whole_cpu_s']:.1f}", f"{m['peak_mb']:,.0f}", f"{m['loss']:.4f}",
+                f"{m['whole_s']:.1f}", f"{m['whole_cpu_s']:.1f}", f"{m['peak_mb']:,.0f}",
+                f"{m['gpu_mb']:,.0f}" if m["gpu_mb"] else "", f"{m['loss']:.4f}",
                 f"{m['kl']:.4f}" if "kl" in m else "",
             ]  # fmt: skip
             lines.append(
@@ -664,7 +696,8 @@ def table(cases: list[dict[str, Any]]) -> str:
         for other, ratio in case["slmops_to"].items():
             speed = ratio["examples_per_s"]
             cells = [f"**×{speed['value']:.2f}** ({speed['low']:.2f}–{speed['high']:.2f})", "", ""]
-            cells += [f"×{ratio[name]['value']:.2f}" for name in ("whole_s", "whole_cpu_s", "peak_mb")]
+            for name in ("whole_s", "whole_cpu_s", "peak_mb", "gpu_mb"):
+                cells.append(f"×{ratio[name]['value']:.2f}" if name in ratio else "")
             lines.append(f"| | slmops / {NAMES[other]} | " + " | ".join([*cells, "", ""]) + " |")
     return "\n".join(lines)
 
@@ -686,14 +719,15 @@ def check_same(case: Case, results: dict[str, dict[str, Any]], tolerance: float 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all cases."""
-    offered = QUICK if options.quick else FULL
+    offered = CUDA if options.cuda else QUICK if options.quick else FULL
+    device = "cuda" if options.cuda else "cpu"
     offered += LARGE if options.large else ()
     cases = [c for c in offered if not options.only or any(text in c.name for text in options.only)]
     if not cases:
         raise SystemExit(f"no case is called {options.only}; there are: {', '.join(c.name for c in offered)}")
     rounds = options.rounds or (1 if options.quick else 3)
     found: dict[str, Any] = {
-        "machine": machine(options.threads),
+        "machine": machine(options.threads, device),
         "precision": options.precision,
         "quick": options.quick,
     }
@@ -711,7 +745,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         say("making data, tokenizer, first weights and teachers (kept for the next time)")
         shutil.rmtree(inputs, ignore_errors=True)
         job = Job(
-            "setup", cases[0], str(inputs), str(BUILD / "setup"), options.threads, options.precision, options.seed
+            "setup",
+            cases[0],
+            str(inputs),
+            str(BUILD / "setup"),
+            options.threads,
+            options.precision,
+            options.seed,
+            device=device,
         )
         more = ["--setup", json.dumps([asdict(c) for c in [*cases, SAME]]), *(["--quick"] if options.quick else [])]
         start(job, more, options.threads, BUILD / "setup.log")
@@ -723,13 +764,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(BUILD / "work", ignore_errors=True)
         out = str(BUILD / "work" / "model")
         python = str(options.llamafactory or "")
-        job = Job(system, case, str(inputs), out, options.threads, options.precision, options.seed, python)
+        job = Job(system, case, str(inputs), out, options.threads, options.precision, options.seed, python, device)
         result = start(job, [], options.threads, BUILD / f"{system}.log")
         if "packages" in result:
             found["machine"][f"{system}_packages"] = result.pop("packages")
         say(
             f"{label}  {case.name:<20} {NAMES[system]:<13} {result['examples_per_s']:8.1f} examples/s"
-            f"  {result['peak_mb']:6.0f} MB  validation loss {result['loss']:.4f}"
+            f"  {result.get('gpu_mb') or result['peak_mb']:6.0f} MB  validation loss {result['loss']:.4f}"
         )
         return result
 
@@ -755,7 +796,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of a few steps: does it work, roughly how fast")
     parser.add_argument("--rounds", type=int, help="default: 3, with --quick 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of all sides")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32, with --cuda bf16")
+    parser.add_argument("--cuda", action="store_true", help="larger models, on a GPU")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--large", action="store_true", help="also distillation from an 11 M teacher")
     parser.add_argument("--no-trl", dest="trl", action="store_false", help="leave TRL out")
@@ -768,6 +810,9 @@ def main() -> None:
     for hidden in ("--worker", "--result", "--setup"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cuda and options.llamafactory:
+        raise SystemExit("--cuda: LLaMA-Factory is run on the CPU alone; leave --llamafactory out")
+    options.precision = options.precision or ("bf16" if options.cuda else "fp32")
     if options.worker:
         told = json.loads(options.worker)
         job = Job(**{**told, "case": Case(**told["case"])})
@@ -786,7 +831,9 @@ def main() -> None:
     host, same = found["machine"], found["same_batches_validation_loss"]
     losses = ", ".join(f"{NAMES[system]} {loss:.6f}" for system, loss in same.items())
     print(f"\nValidation loss after {SAME.epochs} steps on one and the same batch: {losses}.")
-    print(f"{host['cpu']}, {options.threads} threads, {options.precision}, load before {host['load_before']}")
+    print(
+        f"{host['gpu'] or host['cpu']}, {options.threads} threads, {options.precision}, load before {host['load_before']}"
+    )
     print(f"wrote {options.json}")
 
 
