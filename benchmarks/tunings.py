@@ -169,7 +169,9 @@ def main() -> None:
     parser.add_argument("--tunings", nargs="+", choices=tuple(RATES), default=list(RATES))
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--trial-epochs", type=float, help="default: all; with few, rates that are too high look good")
-    parser.add_argument("--rates", nargs="+", default=[], type=given_rate, metavar="TUNING=RATE", help="tried by you before")
+    parser.add_argument(
+        "--rates", nargs="+", default=[], type=given_rate, metavar="TUNING=RATE", help="tried by you before"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

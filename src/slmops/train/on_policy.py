@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DECLARATION = Declaration(
     name="train.on_policy",
-    version="3",
+    version="4",
     makes="model",
     takes={"teacher": "model"} | sft.TAKES,
     extra="train",

@@ -50,7 +50,12 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
 
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
+    chances = torch.softmax(logits / temperature, -1)
+    if chances.device.type != "cpu":
+        return torch.multinomial(chances, 1, generator=generator)[:, 0]
+    heap = chances.cumsum(-1, dtype=torch.float64)  # one random number a row; multinomial draws one for each token
+    at = heap[:, -1:] * torch.rand(len(heap), 1, dtype=torch.float64, generator=generator)
+    return torch.searchsorted(heap, at, right=True)[:, 0].clamp_max(heap.shape[1] - 1)
 
 
 def _written(
