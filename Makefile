@@ -12,7 +12,7 @@ REPORT ?= $(DEMO)/outputs/$(notdir $(DEMO))/report.html
 
 help:
 	@echo "make demo    train, distil, quantise, judge and bundle a support-desk model (minutes, no network after set-up)"
-	@echo "make test    everything that CI runs"
+	@echo "make test    everything that CI runs (compiles llama.cpp the first time)"
 	@echo "make check   the fast loop: lint, types, contracts, quick tests"
 	@echo "make bench   training speed and memory against TRL; make bench-peer also against LLaMA-Factory"
 	@echo "make docs    regenerate the reference and the pictures"
@@ -26,6 +26,13 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# llama.cpp is compiled here, for any processor of this kind and without its parts for images: minutes, once for a machine,
+# since pip keeps what it built. Only slow tests need it.
+$(VENV)/.llamacpp: pyproject.toml constraints.txt $(VENV)/.dev
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF" \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llamacpp]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev
@@ -52,7 +59,7 @@ lint: $(VENV)/.dev
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
 
-test: lint
+test: lint $(VENV)/.llamacpp
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --durations=12
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from slmops.convert.onnx_genai import Params as ConvertParams
 from slmops.core.digest import digest_file
 from slmops.core.method import Context, Declaration, Facts
-from slmops.engines.onnx_genai import ADAPTERS
+from slmops.engines.adapters import ADAPTERS
 from slmops.errors import ConversionError
 from slmops.store import lora
 

@@ -1,4 +1,4 @@
-"""What ONNX Runtime GenAI can take, told from numbers alone: so that a model is refused before anything is spent on it."""
+"""What a runtime can take, told from config.json alone: so that a model is refused before anything is spent on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ ARCHITECTURES = (
     "Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
 )  # fmt: skip
 HEAD_MULTIPLE = 16
+LLAMA_CPP = {"gemma3_text": "GEMMA3", "llama": "LLAMA", "phi3": "PHI3", "qwen3": "QWEN3"}
+"""model_type of Hugging Face to llama.cpp's architecture, for those that slmops writes as GGUF."""
+ROTARY = {
+    "gemma3_text": ("default", "linear"), "llama": ("default", "linear", "llama3"), "phi3": ("default", "longrope"),
+    "qwen3": ("default", "linear"),
+}  # fmt: skip
+"""Kinds of rotary positions that are written as GGUF."""
 
 
 class Refusal(NamedTuple):
@@ -60,3 +67,80 @@ def _gemma3(config: Mapping[str, Any]) -> Refusal | None:
         if kind not in ("default", "linear"):
             return Refusal(f"rotary positions of type {kind} cannot be converted to ONNX", "these can: default, linear")
     return None
+
+
+def rotary(config: Mapping[str, Any], layers: str = "full_attention") -> dict[str, Any]:
+    """Rotary settings of one type of layer, from either form that config.json has had.
+
+    Returns:
+        `rope_type`, `rope_theta` and what the type needs besides.
+    """
+    gemma = config.get("model_type") == "gemma3_text"
+    local = gemma and layers == "sliding_attention"
+    theta = 1e6 if gemma and not local else 1e4
+    found = config.get("rope_parameters")
+    if found:
+        found = found[layers] if isinstance(found.get(layers), Mapping) else found
+    elif local:
+        found = {"rope_theta": config.get("rope_local_base_freq", theta)}
+    else:
+        found = {"rope_theta": config.get("rope_theta", theta), **(config.get("rope_scaling") or {})}
+    kind = found.get("rope_type") or found.get("type") or "default"
+    return {"rope_theta": theta, **found, "rope_type": "longrope" if kind == "su" else kind}
+
+
+def sliding(config: Mapping[str, Any]) -> list[bool]:
+    """Of each layer, whether it attends to a window alone. Gemma's default is five such layers, then one that sees all."""
+    count = config["num_hidden_layers"]
+    if "layer_types" in config:
+        return [kind == "sliding_attention" for kind in config["layer_types"]]
+    if config.get("model_type") != "gemma3_text":
+        return [bool(config.get("use_sliding_window") and config.get("sliding_window"))] * count
+    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    return [(layer + 1) % every != 0 for layer in range(count)]
+
+
+def llama_cpp(config: Mapping[str, Any]) -> Refusal | None:
+    """Whether a model with this config.json can be written as GGUF so that llama.cpp computes the same."""
+    kind = config.get("model_type")
+    if kind not in LLAMA_CPP:
+        return Refusal(f"models of the type {kind} cannot be written as GGUF", f"these can: {', '.join(LLAMA_CPP)}")
+    if config.get("quantization_config"):
+        return Refusal("the model is quantised already", "give the model in full precision")
+    numbers = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps",
+        "max_position_embeddings",
+    )  # fmt: skip
+    missing = [name for name in numbers if not config.get(name)]
+    if missing:
+        return Refusal(f"config.json has no {missing[0]}", "fetch the model again")
+    own = _own(config)
+    if own is not None:
+        return Refusal(f"{own}, which llama.cpp does not compute", "give another model")
+    groups = [rotary(config)] + ([rotary(config, "sliding_attention")] if kind == "gemma3_text" else [])
+    for group, known in zip(groups, (ROTARY[kind], ("default",)), strict=False):
+        if group["rope_type"] not in known:
+            said = f"rotary positions of the type {group['rope_type']} in a {kind} cannot be written as GGUF"
+            return Refusal(said, f"these can: {', '.join(known)}")
+        if group.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
+            return Refusal(f"a {kind} that rotates part of each head cannot be written as GGUF", "give another model")
+    return None
+
+
+def _own(config: Mapping[str, Any]) -> str | None:
+    """What an architecture's graph in llama.cpp has no place for."""
+    kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    if size % 2:
+        return f"heads have the odd size {size}"
+    if kind == "phi3" and size * heads != hidden:
+        return f"{heads} heads of size {size} are not as wide as the model ({hidden})"
+    wanted = "gelu_pytorch_tanh" if kind == "gemma3_text" else "silu"
+    activation = config.get("hidden_activation" if kind == "gemma3_text" else "hidden_act") or wanted
+    if activation != wanted:
+        return f"the activation is {activation}, not {wanted}"
+    if kind == "gemma3_text":
+        return next(
+            (f"{k} is set" for k in ("attn_logit_softcapping", "use_bidirectional_attention") if config.get(k)), None
+        )
+    return "some layers attend to a window" if kind != "phi3" and any(sliding(config)) else None

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from slmops.core.engine import Engine
 from slmops.errors import ModelError
 
-Runtime = Literal["auto", "torch", "onnx_genai"]
-RUNTIMES: tuple[Runtime, ...] = ("auto", "torch", "onnx_genai")
+Runtime = Literal["auto", "torch", "onnx_genai", "llama_cpp"]
+RUNTIMES: tuple[Runtime, ...] = ("auto", "torch", "onnx_genai", "llama_cpp")
 
 
-def detect(folder: Path) -> Literal["torch", "onnx_genai"]:
+def detect(folder: Path) -> Literal["torch", "onnx_genai", "llama_cpp"]:
     """Which runtime a model folder is for.
 
     Raises:
@@ -27,12 +27,14 @@ def detect(folder: Path) -> Literal["torch", "onnx_genai"]:
         raise ModelError(f"no model folder at {folder}", "check the path; a model is a folder, not a file")
     if (folder / "genai_config.json").is_file():
         return "onnx_genai"
+    if (folder / "model.gguf").is_file():
+        return "llama_cpp"
     if (folder / "config.json").is_file():
         if not list(folder.glob("*.safetensors")):
             raise ModelError(f"{folder} has a config.json but no .safetensors file", "save the weights as safetensors")
         return "torch"
     raise ModelError(
-        f"{folder} is not a model: it has neither genai_config.json nor config.json",
+        f"{folder} is not a model: it has neither genai_config.json nor model.gguf nor config.json",
         "point to a Hugging Face model folder or to one that `slmops` converted",
     )
 
@@ -41,10 +43,11 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
     """Load a model.
 
     Args:
-        folder: a model folder in Hugging Face or ONNX Runtime GenAI form, with its tokenizer and chat template.
+        folder: a model folder in Hugging Face or ONNX Runtime GenAI form, with its tokenizer and chat template, or one with
+            a `model.gguf`, which holds both.
         threads: CPU threads, at least 1.
         kind: the runtime; `auto` takes the one that the folder is for.
-        adapter: answer with this one of the folder's adapters (`convert.onnx_adapters`).
+        adapter: answer with this one of the folder's adapters (`convert.onnx_adapters`, `convert.gguf_lora`).
 
     Raises:
         ModelError: the folder is not a model of that kind, has no such adapter, or cannot be loaded.
@@ -58,12 +61,16 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
     if found == "torch":
         if adapter is not None:
             raise ModelError(
-                f"{folder}: adapters are switched in ONNX Runtime GenAI only",
+                f"{folder}: adapters are switched in ONNX Runtime GenAI and llama.cpp only",
                 "a trained model's folder has its adapter merged in already: leave the adapter out",
             )
         from slmops.engines.torch_engine import TorchEngine
 
         return TorchEngine(folder, threads=threads)
+    if found == "llama_cpp":
+        from slmops.engines.llama_cpp import LlamaCppEngine
+
+        return LlamaCppEngine(folder, threads=threads, adapter=adapter)
     from slmops.engines.onnx_genai import GenaiEngine
 
     return GenaiEngine(folder, threads=threads, adapter=adapter)

@@ -9,16 +9,15 @@ stays loaded.
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.core.digest import digest_file
 from slmops.core.engine import Generation, Sampling
 from slmops.engines import clean, no_room, read_json
+from slmops.engines.adapters import adapter_file
 from slmops.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SEED_BITS = 0x7FFFFFFF
-ADAPTERS = "adapters.json"
-"""In a folder with adapters: their names, files and digests, and the digest of the base that they belong to."""
 
 
 class GenaiEngine:
@@ -45,7 +42,7 @@ class GenaiEngine:
         self._folder = folder
         self._active: str | None = None
         if adapter is not None:
-            self._entry(adapter)  # before the model is loaded
+            adapter_file(folder, adapter)  # before the model is loaded
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         try:
             config = og.Config(str(folder))
@@ -65,28 +62,6 @@ class GenaiEngine:
         self._loaded: set[str] = set()
         self.use(adapter)
 
-    def _entry(self, adapter: str) -> str:
-        """The file of an adapter, if the folder has it as it was written.
-
-        Raises:
-            ModelError: the folder has no such adapter, or other bytes.
-        """
-        if not (self._folder / ADAPTERS).is_file():
-            raise ModelError(
-                f"{self._folder} has no adapters", "convert a base with adapters, or leave the adapter out"
-            )
-        known = read_json(self._folder / ADAPTERS).get("adapters", {})
-        if adapter not in known:
-            close = difflib.get_close_matches(adapter, known, n=1)
-            there = f"there are: {', '.join(sorted(known))}"
-            raise ModelError(
-                f"{self._folder} has no adapter {adapter}", f"did you mean {close[0]}?" if close else there
-            )
-        file = self._folder / known[adapter]["file"]
-        if not file.is_file() or digest_file(file) != known[adapter]["digest"]:
-            raise ModelError(f"{file} is missing or not as it was written", "convert the model again")
-        return str(file)
-
     def use(self, adapter: str | None) -> None:
         """Answer with this adapter from now on; None: with the base alone.
 
@@ -94,7 +69,7 @@ class GenaiEngine:
             ModelError: the folder has no such adapter, or the runtime cannot load it.
         """
         if adapter is not None and adapter not in self._loaded:
-            file = self._entry(adapter)
+            file = str(adapter_file(self._folder, adapter))
             try:
                 self._adapters = self._adapters or self._og.Adapters(self._model)
                 self._adapters.load(file, adapter)

@@ -18,7 +18,11 @@ from slmops.core.engine import Sampling
 from slmops.engines import open_engine
 from slmops.errors import SlmopsError
 
-LIBRARIES = {"torch": ("torch", "transformers"), "onnx_genai": ("numpy", "onnxruntime_genai")}
+LIBRARIES = {
+    "torch": ("torch", "transformers"),
+    "onnx_genai": ("numpy", "onnxruntime_genai"),
+    "llama_cpp": ("numpy", "llama_cpp"),
+}
 
 
 def peak_bytes() -> int:

@@ -1,0 +1,302 @@
+"""llama.cpp: the engine for a folder with `model.gguf`, with the tokenizer and chat template that the file holds.
+
+Answers come one prompt after the other. The context grows by powers of two up to the model's. A file of float32 is computed
+in float32: keys and values too, and without flash attention, which takes float16 on the way. Any other file is run as the
+runtime does by default. `use` switches between the adapters that `convert.gguf_lora` wrote while the base stays loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slmops.core.engine import Generation, Sampling
+from slmops.engines import clean, no_room
+from slmops.engines.adapters import adapter_file
+from slmops.errors import MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ALL_F32 = "0"
+"""`general.file_type` of a file whose matrices are float32."""
+CHUNK = 512
+"""Tokens that go through the model at once."""
+SMALLEST = 256
+ERROR = 4
+"""The runtime's level of log lines that are kept for messages."""
+_log: dict[str, Any] = {"lines": []}
+"""The runtime's last complaints, and its callback: the runtime keeps a bare pointer to that, so it must stay alive."""
+
+
+class LlamaCppEngine:
+    """A folder with `model.gguf`. See `slmops.core.engine.Engine`. Not safe for use by two threads at once."""
+
+    name = "llama_cpp"
+
+    def __init__(self, folder: Path, *, threads: int = 1, adapter: str | None = None) -> None:
+        try:
+            import llama_cpp
+            import numpy
+        except ImportError as error:
+            raise MissingExtraError("llama.cpp", "llamacpp") from error
+        self._lib: Any = llama_cpp
+        self._np, self._threads, self._folder = numpy, threads, folder
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._length = 0
+        self._active: str | None = None
+        self._adapters: dict[str, Any] = {}
+        if adapter is not None:
+            adapter_file(folder, adapter)  # before the model is loaded
+        _listen(llama_cpp)
+        file = folder / "model.gguf"
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
+        if not self._model:
+            raise ModelError(f"{file} cannot be loaded: {_complaint()}", "convert the model again")
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self._size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        kind = self._about("general.architecture")
+        self.context_length = int(self._about(f"{kind}.context_length") or 2048)
+        first = self._about(f"{kind}.rope.scaling.original_context_length")
+        if kind == "phi3" and first:  # with more room the runtime takes other positions for short texts too
+            self.context_length = min(self.context_length, int(first))
+        self.end_ids = frozenset(i for i in range(self._size) if llama_cpp.llama_vocab_is_eog(self._vocab, i))
+        self._template = _template(self._about("tokenizer.chat_template", 1 << 20), folder)
+        self._marks = {
+            "bos_token": self._text(llama_cpp.llama_vocab_bos(self._vocab)),
+            "eos_token": self._text(llama_cpp.llama_vocab_eos(self._vocab)),
+        }
+        self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        self.use(adapter)
+
+    def _about(self, key: str, room: int = 256) -> str:
+        """A value of the file's metadata, "" if it has none."""
+        buffer = ctypes.create_string_buffer(room)
+        length = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, room)
+        return buffer.value.decode("utf-8") if length >= 0 else ""
+
+    def _text(self, token: int) -> str:
+        return self._pieces([token], special=True).decode("utf-8", "replace") if 0 <= token < self._size else ""
+
+    def use(self, adapter: str | None) -> None:
+        """Answer with this adapter from now on; None: with the base alone.
+
+        Raises:
+            ModelError: the folder has no such adapter, or the runtime cannot load it.
+        """
+        if adapter is not None and adapter not in self._adapters:
+            file = adapter_file(self._folder, adapter)
+            loaded = self._lib.llama_adapter_lora_init(self._model, str(file).encode())
+            if not loaded:
+                raise ModelError(f"{file} cannot be loaded: {_complaint()}", "convert the model again")
+            self._adapters[adapter] = loaded
+        self._active = adapter
+        self._apply()
+
+    def _apply(self) -> None:
+        """Set the adapter in the context, if there is one yet."""
+        if self._context is None:
+            return
+        active = [] if self._active is None else [self._adapters[self._active]]
+        handles = (self._lib.llama_adapter_lora_p_ctypes * 1)(*active)
+        scales = (ctypes.c_float * 1)(1.0)
+        if self._lib.llama_set_adapters_lora(self._context, handles, len(active), scales):
+            raise ModelError(f"adapter {self._active} cannot be switched on: {_complaint()}", "convert the model again")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, marks such as `<|end|>` included; nothing is put before it."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        buffer = (ctypes.c_int32 * room)()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, True)
+        return list(buffer[:count])
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the rendered prompt, ready for the answer."""
+        if self._template is None:
+            raise ModelError(f"{self._folder} has no chat template", "convert a model that has one")
+        try:
+            text = self._template.render(messages=clean(messages), add_generation_prompt=True, **self._marks)
+        except Exception as error:
+            raise ModelError(f"the chat template failed: {error}", "check chat_template.jinja of the model") from error
+        return self.tokenize(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens."""
+        return self._pieces(ids).decode("utf-8", "replace")
+
+    def _pieces(self, ids: Sequence[int], special: bool = False) -> bytes:
+        whole = b""
+        for token in ids:
+            room = 64
+            while True:
+                buffer = ctypes.create_string_buffer(room)
+                length = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+                if length >= 0:
+                    break
+                room = -length
+            whole += buffer.raw[:length]
+        return whole
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_done: Callable[[int], None] | None = None
+    ) -> list[Generation]:
+        """One answer per prompt, one prompt after the other. With sampling, prompt i is seeded with `seed + i`."""
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.context_length:
+                raise no_room(index, len(prompt), self.context_length)
+        answers = []
+        for index, prompt in enumerate(prompts):
+            answers.append(self._one(prompt, sampling, index))
+            if on_done:
+                on_done(1)
+        return answers
+
+    def _one(self, prompt: Sequence[int], sampling: Sampling, index: int) -> Generation:
+        started = time.perf_counter()
+        room = min(sampling.max_new_tokens, self.context_length - len(prompt))
+        random = self._np.random.default_rng(sampling.seed + index) if sampling.temperature else None
+        self._ready(len(prompt) + room)
+        row = self._feed(prompt, 0)[-1]
+        tokens: list[int] = []
+        first = 0.0
+        while True:
+            tokens.append(_pick(row, sampling, random))
+            first = first or time.perf_counter() - started
+            if len(tokens) == room or tokens[-1] in self.end_ids:
+                break
+            row = self._feed(tokens[-1:], len(prompt) + len(tokens) - 1)[-1]
+        total = time.perf_counter() - started
+        return Generation(self.decode(tokens), tuple(tokens), tokens[-1] in self.end_ids, first, total)
+
+    def _ready(self, length: int) -> None:
+        """An empty context with room for `length` tokens."""
+        lib = self._lib
+        if self._context is None or length > self._length:
+            if self._context is not None:
+                lib.llama_free(self._context)
+            self._length = min(self.context_length, max(SMALLEST, 1 << (length - 1).bit_length()))
+            params = lib.llama_context_default_params()
+            params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = self._length, CHUNK, CHUNK, 1
+            params.n_threads = params.n_threads_batch = self._threads
+            params.no_perf = True
+            if self._about("general.file_type") == ALL_F32:
+                params.type_k = params.type_v = lib.GGML_TYPE_F32
+                params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            self._context = lib.llama_init_from_model(self._model, params)
+            if not self._context:
+                self._context = None
+                raise ModelError(f"{self._folder} cannot be run: {_complaint()}", "ask for a shorter context")
+            self._apply()
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+
+    def _feed(self, ids: Sequence[int], at: int, rows: int = 1) -> NDArray[np.float32]:
+        """Put ids into the context from position `at`; the logits of the last `rows` of them, (rows, vocabulary)."""
+        found = []
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            batch = self._batch
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part):
+                batch.token[i], batch.pos[i] = token, at + start + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = start + i >= len(ids) - rows
+            if self._lib.llama_decode(self._context, batch):
+                raise ModelError(f"llama.cpp failed: {_complaint()}", "shorten the prompt, or convert the model again")
+            for i in range(len(part)):
+                if batch.logits[i]:
+                    row = self._lib.llama_get_logits_ith(self._context, i)
+                    found.append(self._np.ctypeslib.as_array(row, (self._size,)).copy())
+        stacked: NDArray[np.float32] = self._np.stack(found)
+        return stacked
+
+    def logits(self, ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
+        """Teacher-forced logits, float32 (len(ids) - start, vocabulary): the rows from position `start` on."""
+        if not 0 < len(ids) <= self.context_length:
+            raise no_room(0, len(ids), self.context_length)
+        self._ready(len(ids))
+        return self._feed(ids, 0, len(ids) - start)
+
+    def close(self) -> None:
+        """Free the context, the adapters and the model."""
+        lib = self._lib
+        if self._context is not None:
+            lib.llama_free(self._context)
+        for adapter in self._adapters.values():
+            lib.llama_adapter_lora_free(adapter)
+        if self._batch is not None:
+            lib.llama_batch_free(self._batch)
+        if self._model:
+            lib.llama_model_free(self._model)
+        self._context = self._batch = self._model = None
+        self._adapters = {}
+
+
+def _listen(lib: Any) -> None:
+    """Take the runtime's log, which it would print, and keep its last errors."""
+    if "callback" in _log:
+        return
+
+    def hear(level: int, text: bytes, _: Any) -> None:
+        if level == ERROR:
+            _log["lines"] = [*_log["lines"][-3:], text.decode("utf-8", "replace").strip()]
+
+    _log["callback"] = lib.llama_log_callback(hear)
+    lib.llama_log_set(_log["callback"], ctypes.c_void_p(0))
+    lib.llama_backend_init()
+
+
+def _complaint() -> str:
+    lines, _log["lines"] = _log["lines"], []
+    return " ".join(lines) or "it does not say why"
+
+
+def _template(text: str, folder: Path) -> Any:
+    """The chat template of a model, None if there is none."""
+    if not text:
+        return None
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(text)
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"the chat template of {folder} cannot be read: {error}", "mend chat_template.jinja"
+        ) from error
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def _pick(row: NDArray[np.float32], sampling: Sampling, random: Any) -> int:
+    """Choose a token from its logits (vocabulary,): the most likely one, the lowest id on ties, or by chance."""
+    import numpy as np
+
+    if random is None:
+        return int(row.argmax())
+    scores = row.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scores, kind="stable")
+    chances = np.exp(scores[order] - scores[order[0]])
+    chances /= chances.sum()
+    if sampling.top_k:
+        chances[sampling.top_k :] = 0.0
+    if sampling.top_p < 1.0:
+        chances[chances.cumsum() - chances >= sampling.top_p] = 0.0
+    heap = chances.cumsum()
+    return int(
+        order[min(int(np.searchsorted(heap, random.random() * heap[-1], "right")), int((chances > 0).sum()) - 1)]
+    )
