@@ -1,4 +1,4 @@
-"""Adapters as GGUF: read back and multiplied, they give the merged weights in llama.cpp's order of rows."""
+"""Adapters as GGUF: they hold the merged weights, and llama.cpp switches between them to the tokens of torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from slmops.convert import gguf_lora
+from slmops.convert import gguf_lora, gguf_names
 from slmops.core.digest import digest_file
+from slmops.core.engine import Sampling
 from slmops.core.method import Context
+from slmops.engines import open_engine
 from slmops.engines.minimal import _write_tokenizer
 from slmops.errors import ConversionError, ModelError
 from slmops.store import lora
+from tests.convert.agreement import PROMPTS, check, with_adapter
 from tests.train import bases
 
 # Written out, so that a wrong name or order shows: layer of Hugging Face to tensor of llama.cpp, and whether rows move.
@@ -47,9 +50,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-def convert(base: Path, adapters: dict[str, Path], out: Path, **params: Any) -> dict[str, Any]:
+def convert(model: Path, adapters: dict[str, Path], out: Path, **params: Any) -> dict[str, Any]:
     out.mkdir()
-    inputs = {"base": base} | {f"adapter.{name}": folder for name, folder in adapters.items()}
+    inputs = {"base": model} | {f"adapter.{name}": folder for name, folder in adapters.items()}
     return gguf_lora.run(gguf_lora.Params(**params), inputs, out, Context(0, out, out))
 
 
@@ -74,7 +77,7 @@ def test_the_file_holds_the_merged_weights(kind: str, base: Callable[[str], Path
     before = load_file(base(kind) / "model.safetensors")
     manifest = json.loads((tmp_path / "out" / "adapters.json").read_text())
     for name, rank in (("plain", 4), ("rs", 6)):
-        file = tmp_path / "out" / f"{name}.gguf"
+        file = tmp_path / "out" / "adapters" / f"{name}.gguf"
         assert manifest["adapters"][name]["digest"] == digest_file(file)
         reader = gguf.GGUFReader(file)
         assert value(reader, "general.type") == "adapter"
@@ -104,9 +107,19 @@ def test_half_precision_and_same_bytes(base: Callable[[str], Path], tmp_path: Pa
     one = {"a": bases.adapter(base("qwen3"), tmp_path / "a", rank=4, seed=1)}
     sizes = [convert(base("qwen3"), one, tmp_path / p, precision=p)["bytes"]["a"] for p in ("fp32", "fp16")]
     assert sizes[1] < 0.6 * sizes[0]
-    (tmp_path / "again").mkdir()
-    convert(base("qwen3"), one, tmp_path / "again" / "x")
-    assert (tmp_path / "again" / "x" / "a.gguf").read_bytes() == (tmp_path / "fp32" / "a.gguf").read_bytes()
+    convert(base("qwen3"), one, tmp_path / "again")
+    for file in ("model.gguf", "adapters/a.gguf", "adapters.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "fp32" / file).read_bytes()
+
+
+def test_with_and_without_the_base(base: Callable[[str], Path], tmp_path: Path) -> None:
+    one = {"a": bases.adapter(base("llama"), tmp_path / "a", rank=2, seed=1)}
+    alone = convert(base("llama"), one, tmp_path / "alone", base="none")
+    assert sorted(p.name for p in (tmp_path / "alone").rglob("*")) == ["a.gguf", "adapters", "adapters.json"]
+    assert "base" not in alone
+    whole = convert(base("llama"), one, tmp_path / "whole", base="q8_0")
+    assert whole["base"]["precision"] == "q8_0"
+    assert whole["base"]["model_bytes"] == (tmp_path / "whole" / "model.gguf").stat().st_size
 
 
 def test_what_cannot_be_written(base: Callable[[str], Path], tmp_path: Path) -> None:
@@ -116,7 +129,125 @@ def test_what_cannot_be_written(base: Callable[[str], Path], tmp_path: Path) -> 
         convert(base("llama"), {"a": dora}, tmp_path / "o1")
     with pytest.raises(ModelError, match="belongs to another base"):
         convert(base("qwen3"), {"a": good}, tmp_path / "o2")
+    assert not list((tmp_path / "o1").iterdir())
+    assert not list((tmp_path / "o2").iterdir())
     found = lora.read(good)
-    with pytest.raises(ConversionError, match="mamba cannot be written") as caught:
+    with pytest.raises(ConversionError, match="type mamba cannot be written") as caught:
         gguf_lora.tensor_names(found, {"model_type": "mamba", "num_hidden_layers": 2})
     assert "qwen3" in caught.value.hint
+
+
+# From here on llama.cpp runs.
+
+ATOL = {"llama": 1e-4, "qwen3": 1e-4, "phi3": 1e-4, "gemma3": 1e-2}  # gemma3: llama.cpp's GELU is a float16 table
+
+
+@pytest.fixture(scope="module")
+def two(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """Two adapters of different kind, rank and targets."""
+
+    def get(kind: str) -> dict[str, Path]:
+        out = tmp_path_factory.mktemp(f"adapters-{kind}")
+        few = ("qkv_proj", "down_proj") if kind == "phi3" else ("q_proj", "v_proj", "down_proj")
+        return {
+            "cards": bases.adapter(base(kind), out / "cards", rank=4, seed=1),
+            "mail": bases.adapter(base(kind), out / "mail", tuning="rslora", rank=7, seed=2, targets=few),
+        }
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", bases.ARCHITECTURES)
+def test_each_adapter_answers_as_in_torch(
+    kind: str, base: Callable[[str], Path], two: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    """One model is loaded once; adapters are switched on and off in it."""
+    adapters = two(kind)
+    convert(base(kind), adapters, tmp_path / "out", base="fp32")
+    engine: Any = open_engine(tmp_path / "out", adapter="mail")
+    model, found = engine._model, {}
+    ids = engine.encode([{"role": "user", "content": PROMPTS[0]}])
+    for name in ("mail", None, "cards", "mail", None):
+        engine.use(name)
+        reference = with_adapter(base(kind), adapters[name] if name else None)
+        print(kind, name, "largest difference of logits", check(engine, reference, ATOL[kind]))
+        reference.close()
+        engine.end_ids = frozenset([4])
+        found[name] = engine.generate([ids], Sampling(max_new_tokens=24))[0].tokens
+    assert engine._model is model
+    assert len(set(found.values())) == 3
+    engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "q8_0"])
+def test_over_a_rounded_base(
+    precision: str, base: Callable[[str], Path], two: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    """The adapters stay as they are; each is closest to itself in torch, of all three."""
+    adapters = two("llama")
+    convert(base("llama"), adapters, tmp_path / "out", base=precision)
+    engine: Any = open_engine(tmp_path / "out")
+    ids = engine.encode([{"role": "user", "content": PROMPTS[0]}])
+    exact = {name: with_adapter(base("llama"), adapters.get(name)).logits(ids) for name in ("", *adapters)}
+    for name in exact:
+        engine.use(name or None)
+        rounded = engine.logits(ids)
+        distances = {other: float(np.abs(rounded - logits).mean()) for other, logits in exact.items()}
+        assert 2 * distances.pop(name) < min(distances.values())
+    engine.close()
+
+
+def swapped(values: Any, layer: str, config: Any) -> Any:
+    return values[::-1] if layer.endswith("v_proj") else ROWS(values, layer, config)
+
+
+ROWS = gguf_names.rows
+BROKEN = {
+    "rows as in Hugging Face": (gguf_names, "rows", lambda values, layer, config: values),
+    "rows in another order": (gguf_names, "rows", swapped),
+    "another scale": (lora.Adapter, "rank", 5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_wrong_adapter_is_found(
+    fault: str,
+    base: Callable[[str], Path],
+    two: Callable[[str], dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The comparison above can fail: each of these files loads and answers, over a base that is right."""
+    adapters = two("llama")
+    convert(base("llama"), {"cards": adapters["cards"]}, tmp_path / "right", base="fp32")
+    monkeypatch.setattr(*BROKEN[fault])
+    convert(base("llama"), {"cards": adapters["cards"]}, tmp_path / "wrong", base="none")
+    (tmp_path / "wrong" / "model.gguf").write_bytes((tmp_path / "right" / "model.gguf").read_bytes())
+    right, wrong = (open_engine(tmp_path / which, adapter="cards") for which in ("right", "wrong"))
+    check(right, with_adapter(base("llama"), adapters["cards"]), ATOL["llama"])
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(wrong, with_adapter(base("llama"), adapters["cards"]), 0.02)
+    right.close()
+    wrong.close()
+
+
+@pytest.mark.slow
+def test_opening_what_is_not_there(
+    base: Callable[[str], Path], two: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    convert(base("llama"), {"cards": two("llama")["cards"]}, out)
+    with pytest.raises(ModelError, match="no adapter card") as caught:
+        open_engine(out, adapter="card")
+    assert caught.value.hint == "did you mean cards?"
+    (out / "adapters" / "cards.gguf").write_bytes(b"other")
+    with pytest.raises(ModelError, match="not as it was written"):
+        open_engine(out, adapter="cards")
+    convert(base("qwen3"), {"cards": bases.adapter(base("qwen3"), tmp_path / "q", rank=2)}, tmp_path / "other")
+    for file in ("adapters.json", "adapters/cards.gguf"):
+        (out / file).write_bytes((tmp_path / "other" / file).read_bytes())
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*mismatch"):
+        open_engine(out, adapter="cards")
