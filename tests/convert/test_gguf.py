@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf as library
@@ -182,6 +183,24 @@ def test_tokenizers_that_cannot_be_written(base: Callable[..., Path], tmp_path: 
             convert(folder, tmp_path / f"out{i}")
 
 
+def test_end_tokens(base: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp has three places for them, and ends at some names anyway; what does not fit is said."""
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama"), folder)
+    for given, places, says in (
+        ([3, 4], {"eos": 4, "eot": 3}, []),
+        ([1, 2, 3, 4], {"eos": 4, "eot": 1, "eom": 2}, ["answers with <|assistant|>, which go on"]),
+        (2, {"eos": 2}, ["answers with <|end|>, which end there"]),
+    ):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+        found = gguf_vocabulary.read(folder, 261)
+        assert {k: v for k, v in found.special.items() if k.startswith("e")} == places
+        assert list(found.differs) == says
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    with pytest.raises(ConversionError, match="no end token"):
+        gguf_vocabulary.read(folder, 261)
+
+
 def test_missing_packages(base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -219,7 +238,14 @@ TEXTS = [
     "1234567 und 3,14 ½ ²", "über Größe, naïve café, Привет мир", "日本語のテキスト 漢字 한국어 ไทย", "🎉👍🏽 👩‍👩‍👧 e\u0301",
     "<|user|>hi<|end|><|assistant|>", "<|use|> <|end", "x=y+z; if(a){b}//c\\d", "ends with spaces   ", "...!!!???", "a'b''c",
     "https://example.org/a_b?c=1&d=2#e", "\u2028line\u2029par", "mixed\u200bzero\ufeffwidth", "'s 't 'RE", "ﬁ ǅ ß",
+    "a\u0085b \u0085 c\u3000d",
 ]  # fmt: skip
+LETTERS = [
+    *"abc XYZ 'sStTmM  \t\n\r.,!?-_()123½²äöüßÉçñ日本語한글Привет\u00a0\u0085\u2028\u3000\u200b\ufeff",
+    "<|end|>",
+    "'ll",
+    "🎉",
+]
 BREAKS = [
     "a\nb",
     "a\n\nb",
@@ -240,7 +266,7 @@ def test_where_the_rule_differs_is_said(tmp_path: Path) -> None:
     assert plain.tokens[499] == "[PAD499]"
     assert plain.types[499] == 5
     lines = gguf_vocabulary.read(trained(tmp_path / "lines", LINES), 500)
-    assert lines.differs == ("line breaks beside other white space",)
+    assert lines.differs == ("token ids of line breaks beside other white space",)
     other = gguf_vocabulary.read(trained(tmp_path / "qwen", LINES, SPLIT % ""), 500)
     assert (other.pre, other.differs) == ("qwen2", ())
     whole = gguf_vocabulary.read(trained(tmp_path / "llama3", LINES, SPLIT % "{1,3}", whole=True), 500)
@@ -376,6 +402,11 @@ def test_token_ids(case: str, words: Path, tmp_path: Path) -> None:
         wanted = theirs(text, add_special_tokens=False)["input_ids"]
         assert engine.tokenize(text) == wanted, text
         assert engine.decode(wanted) == theirs.decode(wanted, skip_special_tokens=True), text
+    random = Random(7)
+    for _ in range(400):
+        text = "".join(random.choice(LETTERS) for _ in range(random.randrange(1, 30)))
+        if case != "own, lines" or not {"\r", "\n"} & set(text):
+            assert engine.tokenize(text) == theirs(text, add_special_tokens=False)["input_ids"], text
     other = [t for t in BREAKS if engine.tokenize(t) != theirs(t, add_special_tokens=False)["input_ids"]]
     if case == "own, lines":
         assert facts["differs"] == ["token ids of line breaks beside other white space"]
@@ -412,6 +443,11 @@ def test_the_engine(base: Callable[..., Path], tmp_path: Path) -> None:
     assert answer.tokens[-1] == 4
     assert "<|end|>" not in answer.text
     engine.close()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    convert(folder, tmp_path / "ends")
+    several: Any = open_engine(tmp_path / "ends")
+    assert several.end_ids == {3, 4}
+    several.close()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.gguf").write_bytes((tmp_path / "out" / "model.gguf").read_bytes()[:20000])
     with pytest.raises(ModelError, match=r"cannot be loaded: .*model"):

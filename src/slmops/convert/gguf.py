@@ -2,9 +2,9 @@
 
 Architectures: llama, qwen3, phi3, gemma3_text. Matrices are fp32, fp16, bf16 or q8_0 (blocks of 32 weights with one
 scale; a matrix whose rows are no multiple of 32 stays fp16); norms and biases are fp32. Whatever llama.cpp would compute
-otherwise than the model does is refused before anything is written, with three exceptions that `differs` in the facts
-names: texts that llama.cpp cuts into other tokens, positions beyond the first context of a model with long rotary
-factors, and a phi3 with an attention window, whose context is cut to that window.
+otherwise than the model does is refused before anything is written, with exceptions that `differs` in the facts names:
+texts that llama.cpp cuts into other tokens, tokens at which it alone ends an answer, positions beyond the first context
+of a model with long rotary factors, and a phi3 with an attention window, whose context is cut to that window.
 
 What is laid out anew: llama's query and key rows (`gguf_names`); gemma3's norms, which Hugging Face keeps as w where w + 1
 multiplies; gemma3's attention scale where it is not that of the head size, which goes into the norm of the queries.
@@ -103,12 +103,13 @@ def export(source: Path, out: Path, precision: Precision, ctx: Context) -> Facts
     tensors = place(config, dict(stored(source)))
     length, differs = context(config)
     write(source, config, vocabulary, tensors, length, out / FILE, precision, ctx)
-    for text in vocabulary.differs:
-        ctx.progress.log(f"llama.cpp gives other token ids than the tokenizer for {text}")
+    differs = [*vocabulary.differs, *differs]
+    for text in differs:
+        ctx.progress.log(f"llama.cpp differs from torch in {text}")
     return {
         "precision": precision, "architecture": gguf_names.architecture(config), "tensors": len(tensors),
         "model_bytes": (out / FILE).stat().st_size, "context": length, "pre_tokenizer": vocabulary.pre,
-        "differs": [f"token ids of {text}" for text in vocabulary.differs] + differs,
+        "differs": differs,
     }  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 llama.cpp has no field for a tokenizer's own pattern, only names of patterns that it knows. What slmops trains cuts as
 Qwen2 does but for runs of white space with line breaks in them. Both give the same ids unless some token joins a line
-break with other white space; `Vocabulary.differs` says so if one does. Otherwise the ids are equal: tests compare them.
+break with other white space; `Vocabulary.differs` says so if one does. Otherwise the ids are equal, but for letters newer
+than the Unicode table of either: tests compare them.
+
+llama.cpp ends an answer at the model's end tokens and also at any token with a name that it knows as one.
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ WHOLE_WORDS = ("llama-bpe",)
 WHITE = frozenset(b"".join(chr(c).encode() for c in (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B),
                                                      0x2028, 0x2029, 0x202F, 0x205F, 0x3000)))  # fmt: skip
 """Bytes of which white space is made in UTF-8."""
+ENDS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "</s>",
+    "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+))  # fmt: skip
+"""Tokens at which llama.cpp ends an answer, whatever the model says."""
 BYTES = {letter: byte for byte, letter in enumerate(byte_alphabet())}
 """A letter of a byte-level token to its byte."""
 
@@ -47,9 +55,9 @@ class Vocabulary:
         merges: `a b`, best first.
         pre: llama.cpp's name of the rule that cuts words.
         starts: whether a text begins with the token `bos`.
-        special: `bos`, `eos`, `pad`, `unk` and `eot` to id, those that there are.
+        special: `bos`, `eos`, `pad`, `unk`, `eot` and `eom` to id, those that there are.
         template: the chat template, or "".
-        differs: in which texts llama.cpp gives other ids, in words; empty if in none that is known.
+        differs: what llama.cpp reads or ends otherwise, in words; empty if nothing is known.
     """
 
     tokens: tuple[str, ...]
@@ -78,7 +86,7 @@ def read(folder: Path, size: int) -> Vocabulary:
             raise _refused(f"has {key}")
     normalizer = whole.get("normalizer")
     if normalizer and normalizer.get("type") == "NFC":
-        differs.append("text that is not in the Unicode form NFC")
+        differs.append("token ids of text that is not in the Unicode form NFC")
     elif normalizer:
         raise _refused(f"normalises text ({normalizer.get('type')})")
     pre = rule(whole.get("pre_tokenizer"))
@@ -86,20 +94,27 @@ def read(folder: Path, size: int) -> Vocabulary:
         raise _refused(f"has ignore_merges {bool(model.get('ignore_merges'))}, llama.cpp's rule {pre} the contrary")
     ids: dict[str, int] = dict(model["vocab"])
     if pattern(whole.get("pre_tokenizer")) == OWN and any(map(joins_lines, ids)):
-        differs.append("line breaks beside other white space")
+        differs.append("token ids of line breaks beside other white space")
     types = dict.fromkeys(ids.values(), NORMAL)
     for token in added:
         ids[token["content"]] = token["id"]
         types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            differs.append(f"white space beside {token['content']}")
+            differs.append(f"token ids of white space beside {token['content']}")
     if max(types) >= size:
         raise ConversionError(
             f"the tokenizer has the id {max(types)}, the model {size} embeddings", "give the tokenizer of the model"
         )
     texts = {i: text for text, i in ids.items()}
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    special = special_ids(folder, settings, ids)
+    special = marks(settings, ids)
+    stops = ends(folder, special.get("eos"))
+    special |= dict(zip(("eos", "eot", "eom"), stops, strict=False))
+    known = {texts.get(i, "") for i in stops[:3]}
+    for text in sorted({texts.get(i, "") for i in stops} - known - ENDS):
+        differs.append(f"answers with {text}, which go on")
+    for text in sorted(ENDS.intersection(ids) - known - {texts.get(i, "") for i in stops}):
+        differs.append(f"answers with {text}, which end there")
     return Vocabulary(
         tuple(texts.get(i, f"[PAD{i}]") for i in range(size)), tuple(types.get(i, UNUSED) for i in range(size)),
         merges, pre, starts(whole.get("post_processor"), special.get("bos"), ids), special, template(folder, settings),
@@ -152,26 +167,32 @@ def joins_lines(token: str) -> bool:
     return len(found) > 1 and bool({10, 13} & set(found)) and WHITE.issuperset(found)
 
 
-def special_ids(folder: Path, settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
-    """Ids of marks; several end tokens become `eos`, the tokenizer's own if it is among them, and `eot`."""
+def marks(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
+    """Ids of the tokenizer's own marks: `bos`, `eos`, `pad`, `unk`, those that it has."""
     found = {}
     for name in ("bos", "eos", "pad", "unk"):
         token = settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, Mapping) else token
         if isinstance(text, str) and text in ids:
             found[name] = ids[text]
-    ends: Any = None
-    for file in ("generation_config.json", "config.json"):
-        if ends is None and (folder / file).is_file():
-            ends = read_json(folder / file).get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if ends:
-        first = found["eos"] if found.get("eos") in ends else ends[0]
-        rest = [i for i in ends if i != first]
-        found |= {"eos": first} | ({"eot": rest[0]} if rest else {})
-    if "eos" not in found:
-        raise ConversionError("the model names no end token", "set eos_token_id in generation_config.json")
     return found
+
+
+def ends(folder: Path, own: int | None) -> list[int]:
+    """Ids that end an answer, the tokenizer's own first: of generation_config.json, else config.json, else that one.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    found: Any = None
+    for file in ("generation_config.json", "config.json"):
+        if found is None and (folder / file).is_file():
+            found = read_json(folder / file).get("eos_token_id")
+    found = own if found is None else found
+    if found is None or found == []:
+        raise ConversionError("the model names no end token", "set eos_token_id in generation_config.json")
+    found = found if isinstance(found, list) else [found]
+    return sorted(found, key=lambda i: i != own)
 
 
 def starts(processor: Mapping[str, Any] | None, bos: int | None, ids: Mapping[str, int]) -> bool:

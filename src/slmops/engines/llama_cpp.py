@@ -8,6 +8,7 @@ runtime does by default. `use` switches between the adapters that `convert.gguf_
 from __future__ import annotations
 
 import ctypes
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -270,6 +271,8 @@ def _template(text: str, folder: Path) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = time.strftime
+    environment.filters["tojson"] = _json
     try:
         return environment.from_string(text)
     except TemplateSyntaxError as error:
@@ -280,6 +283,11 @@ def _template(text: str, folder: Path) -> Any:
 
 def _refuse(message: str) -> None:
     raise ValueError(message)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """As transformers writes JSON in a template; jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _pick(row: NDArray[np.float32], sampling: Sampling, random: Any) -> int:
