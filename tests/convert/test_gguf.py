@@ -273,6 +273,43 @@ def test_where_the_rule_differs_is_said(tmp_path: Path) -> None:
     assert (whole.pre, whole.differs) == ("llama-bpe", ())
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 256,
+    "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 3.0, 6.0, 9.0],
+}  # fmt: skip
+SCALED = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
+LENGTHS = {"original_max_position_embeddings": 256, "max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(("kind", "new", "old"), [
+    ("llama", {"rope_parameters": LLAMA3}, {"rope_theta": 1e4, "rope_scaling": LLAMA3}),
+    ("phi3", {"rope_parameters": LONG} | LENGTHS,
+     {"rope_theta": 1e4, "partial_rotary_factor": 0.5,
+      "rope_scaling": {"type": "su", "short_factor": LONG["short_factor"], "long_factor": LONG["long_factor"]}}),
+    ("gemma3", {"rope_parameters": SCALED},
+     {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_scaling": {"type": "linear", "factor": 8.0},
+      "layer_types": None, "sliding_window_pattern": 2}),
+])  # fmt: skip
+def test_older_forms_of_the_configuration(
+    kind: str, new: dict[str, Any], old: dict[str, Any], base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Most models on the hub have rotary settings in the form before `rope_parameters`."""
+    folder = base(kind, **new)
+    convert(folder, tmp_path / "new")
+    settings = json.loads((folder / "config.json").read_text()) | old | {"rope_parameters": None}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(settings))
+    convert(folder, tmp_path / "old")
+    assert (tmp_path / "old" / "model.gguf").read_bytes() == (tmp_path / "new" / "model.gguf").read_bytes()
+
+
 # From here on llama.cpp runs.
 
 
@@ -287,27 +324,13 @@ def test_llama_cpp_computes_what_torch_does(kind: str, base: Callable[..., Path]
     engine.close()
 
 
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-LONG = {
-    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 256,
-    "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 3.0, 6.0, 9.0],
-}  # fmt: skip
-SCALED = {
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "changes"), [
     ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "head_dim": 24}),
     ("llama", {"num_key_value_heads": 4, "intermediate_size": 72, "rms_norm_eps": 1e-3}),
     ("qwen3", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": False}),
-    ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 256, "max_position_embeddings": 1024}),
+    ("phi3", {"rope_parameters": LONG} | LENGTHS),
     ("gemma3", {"rope_parameters": SCALED, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 24}),
     ("gemma3", {"layer_types": ["full_attention", "full_attention"]}),
 ])  # fmt: skip

@@ -291,7 +291,7 @@ def hyperparameters(writer: Any, config: Mapping[str, Any], length: int) -> None
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rotary["rope_theta"])
-    writer.add_rope_dimension_count(int(size * rotary.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(int(size * rotary["partial_rotary_factor"]))
     if rotary["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotary["factor"])

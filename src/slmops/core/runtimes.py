@@ -73,7 +73,7 @@ def rotary(config: Mapping[str, Any], layers: str = "full_attention") -> dict[st
     """Rotary settings of one type of layer, from either form that config.json has had.
 
     Returns:
-        `rope_type`, `rope_theta` and what the type needs besides.
+        `rope_type`, `rope_theta`, `partial_rotary_factor` and what the type needs besides.
     """
     gemma = config.get("model_type") == "gemma3_text"
     local = gemma and layers == "sliding_attention"
@@ -86,7 +86,13 @@ def rotary(config: Mapping[str, Any], layers: str = "full_attention") -> dict[st
     else:
         found = {"rope_theta": config.get("rope_theta", theta), **(config.get("rope_scaling") or {})}
     kind = found.get("rope_type") or found.get("type") or "default"
-    return {"rope_theta": theta, **found, "rope_type": "longrope" if kind == "su" else kind}
+    part = config.get("partial_rotary_factor") or 1.0
+    return {
+        "rope_theta": theta,
+        "partial_rotary_factor": part,
+        **found,
+        "rope_type": "longrope" if kind == "su" else kind,
+    }
 
 
 def sliding(config: Mapping[str, Any]) -> list[bool]:
@@ -122,7 +128,7 @@ def llama_cpp(config: Mapping[str, Any]) -> Refusal | None:
         if group["rope_type"] not in known:
             said = f"rotary positions of the type {group['rope_type']} in a {kind} cannot be written as GGUF"
             return Refusal(said, f"these can: {', '.join(known)}")
-        if group.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
+        if group["partial_rotary_factor"] != 1.0 and kind != "phi3":
             return Refusal(f"a {kind} that rotates part of each head cannot be written as GGUF", "give another model")
     return None
 
