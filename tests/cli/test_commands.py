@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from slmops import __version__
-from slmops.cli.doctor import EXTRAS
+from slmops.cli.doctor import EXTRAS, FEW
 from slmops.cli.main import VERBS
 from tests.cli.conftest import Slmops
 from tests.tiny import write_project
@@ -142,7 +142,7 @@ def test_doctor_as_json(slmops: Slmops) -> None:
     for extra in found["extras"].values():
         assert set(extra) == {"for", "packages", "missing"}
         assert extra["missing"] == [name for name, version in extra["packages"].items() if version is None]
-    missing = any(extra["missing"] for extra in found["extras"].values())
+    missing = any(extra["missing"] for name, extra in found["extras"].items() if name not in FEW)
     assert ("pip install" in found["install"]) == missing
 
 
@@ -155,8 +155,15 @@ def test_doctor_names_the_line_that_installs_what_is_missing(slmops: Slmops, mon
     assert outcome.code == 0
     assert "datasets: missing" in outcome.out
     assert "-m pip install 'slmops[hub]'" in outcome.out
-    monkeypatch.setattr(methods, "version_of", lambda name: "9")
+    monkeypatch.setattr(methods, "version_of", lambda name: None if name == "llama-cpp-python" else "9")
     assert "everything is here" in slmops("doctor").out
+
+
+def test_doctor_knows_every_extra_of_the_package() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"all", "dev", "bench"}
 
 
 def test_a_new_project_can_be_planned_and_is_not_overwritten(tmp_path: Path, slmops: Slmops) -> None:

@@ -45,13 +45,12 @@ def run(options: argparse.Namespace) -> int:
     rows = [["extra", "", "for", "packages"]]
     for name, extra in found["extras"].items():
         missing = extra["missing"]
-        state = "ok" if not missing else f"{len(missing)} missing"
+        state = "ok" if not missing else "if wanted" if name in FEW else f"{len(missing)} missing"
         listing = ", ".join(f"{p} {v}" if v else f"{p}: missing" for p, v in extra["packages"].items())
         rows.append([name, state, extra["for"], listing])
     print("\n".join(columns(rows)))
-    missing = [name for name, extra in found["extras"].items() if extra["missing"]]
     print()
-    if missing:
+    if found["install"]:
         print(f"install what is missing:\n  {found['install']}")
     else:
         print("everything is here: `slmops init NAME` makes a first project")
@@ -60,15 +59,21 @@ def run(options: argparse.Namespace) -> int:
 
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("near-duplicates", ("datasketch", "numpy")),
-    "train": ("training", ("torch", "transformers", "tokenizers", "safetensors")),
+    "train": ("training", ("torch", "transformers", "tokenizers", "safetensors", "peft")),
+    "qlora": ("training over a base in 4 bits", ("bitsandbytes",)),
     "convert": ("conversion", ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")),
+    "gguf": ("writing GGUF for llama.cpp", ("gguf",)),
     "runtime": ("running, chat", ("onnxruntime-genai", "onnxruntime", "psutil")),
     "evaluate": ("judging", ("scipy", "rouge-score")),
     "hub": ("Hugging Face hub", ("huggingface_hub", "datasets")),
     "search": ("hyperparameter search", ("optuna",)),
     "tensorboard": ("tracking in TensorBoard", ("tensorboard",)),
     "mlflow": ("tracking in MLflow", ("mlflow-skinny", "sqlalchemy", "alembic")),
+    "ray": ("steps on a Ray cluster", ("ray",)),
+    "llamacpp": ("running GGUF, compiled here", ("llama-cpp-python",)),
 }
+FEW = ("ray", "llamacpp")
+"""Large extras that only some users want: they are missed only by those."""
 
 
 def examine() -> dict[str, Any]:
@@ -80,7 +85,7 @@ def examine() -> dict[str, Any]:
     for name, (purpose, packages) in EXTRAS.items():
         versions = {package: version_of(package) for package in packages}
         extras[name] = {"for": purpose, "packages": versions, "missing": [p for p, v in versions.items() if v is None]}
-    missing = [name for name, extra in extras.items() if extra["missing"]]
+    missing = [name for name, extra in extras.items() if extra["missing"] and name not in FEW]
     torch = "torch==2.13.0 " if "train" in missing and version_of("torch") is None else ""
     return {
         "machine": {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from slmops.core.method import Declaration, Method
 from slmops.errors import MissingExtraError, UsageError
 
 GROUP = "slmops.methods"
+GPUS = Path("/proc/driver/nvidia/gpus")
 ROOMS = ("catalog", "data", "train", "compress", "convert", "evaluate", "bundle")
 
 
@@ -72,7 +74,23 @@ def environment(declaration: Declaration, threads: int) -> dict[str, str]:
     locked = {name: version_of(name) or "absent" for name in declaration.packages}
     if declaration.threads:
         locked |= {"threads": str(threads), "machine": platform.machine(), "bf16": bf16()}
+        locked |= {"gpu": gpus()} if gpus() else {}
     return locked
+
+
+@cache
+def gpus() -> str:
+    """The NVIDIA GPUs that a training would see, by name: it takes one where there is one. "" if there is none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return ""
+    files = sorted(GPUS.glob("*/information"))
+    names = [
+        line.partition(":")[2].strip()
+        for f in files
+        for line in f.read_text().splitlines()
+        if line.startswith("Model:")
+    ]
+    return ", ".join(names)
 
 
 @cache

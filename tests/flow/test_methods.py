@@ -1,0 +1,33 @@
+"""What of a machine goes into a step's key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slmops.flow import methods
+from slmops.train import sft
+
+
+@pytest.fixture(autouse=True)
+def anew() -> Iterator[None]:
+    methods.gpus.cache_clear()
+    yield
+    methods.gpus.cache_clear()
+
+
+def test_a_training_depends_on_the_gpu_that_it_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(methods, "GPUS", tmp_path)
+    plain = methods.environment(sft.DECLARATION, 2)
+    assert "gpu" not in plain
+    for place, name in (("0000:01:00.0", "NVIDIA A2"), ("0000:02:00.0", "NVIDIA L4")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "information").write_text(f"Model: \t\t {name}\nIRQ:   \t\t 31\n")
+    methods.gpus.cache_clear()
+    assert methods.environment(sft.DECLARATION, 2) == plain | {"gpu": "NVIDIA A2, NVIDIA L4"}
+    methods.gpus.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert methods.environment(sft.DECLARATION, 2) == plain
