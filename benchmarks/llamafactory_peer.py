@@ -4,7 +4,7 @@
 
 It promises to run what `llamafactory-cli train` runs, with the arguments in TOLD.json and three things added: a clock from
 the first batch to the last step, the learning rate of every step, and a look at the token ids that were learned. What it
-is told, and how the model is judged afterwards, is for `training.py`, which shares its fingerprint and its measure of memory.
+is told, and how the model is judged afterwards, is for `training_systems.py`, which shares its fingerprint and its measure of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from training import fingerprint, learned, peak_mb
+from training_systems import fingerprint, learned, peak_mb
 
 PACKAGES = ("llamafactory", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 

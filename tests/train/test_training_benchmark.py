@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from benchmarks import training
-from benchmarks.training import Case, Job, check_same, covers, fingerprint, learned
+from benchmarks.training import check_same, covers
+
+from training_systems import Case, Job, fingerprint, learned, llamafactory_arguments, write_for_llamafactory
 
 PAIR = Case("dpo", "5M", 2, 1, method="dpo")
 
@@ -64,7 +66,7 @@ def test_llamafactory_is_given_the_same_pairs_and_settings(tmp_path: Path) -> No
     messages = [{"role": "user", "content": "where is it?"}, {"role": "assistant", "content": "on its way"}]
     rows = [{"messages": messages, "source": "gold", "rejected": "no"}] * 2
     (tmp_path / "pairs-2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    training.write_for_llamafactory(tmp_path, PAIR, tmp_path)
+    write_for_llamafactory(tmp_path, PAIR, tmp_path)
     told = json.loads((tmp_path / "dataset_info.json").read_text())["bench"]
     written = [json.loads(line) for line in Path(told["file_name"]).read_text().splitlines()]
     assert told["ranking"] and len(written) == 2
@@ -73,11 +75,11 @@ def test_llamafactory_is_given_the_same_pairs_and_settings(tmp_path: Path) -> No
     assert written[0][told["columns"]["rejected"]]["content"] == "no"
 
     job = Job("llamafactory", PAIR, str(tmp_path), "", threads=1, precision="fp32", seed=3)
-    found = training.llamafactory_arguments(job, tmp_path, tmp_path, 1e-4, 0.05, 1.0)
+    found = llamafactory_arguments(job, tmp_path, tmp_path, 1e-4, 0.05, 1.0)
     said = (found["stage"], found["pref_loss"], found["finetuning_type"], found["seed"], found["bf16"])
     assert said == ("dpo", "sigmoid", "full", 3, False)
     tuned = Job("llamafactory", Case("q", "5M", 2, 1, tuning="qlora"), str(tmp_path), "", 1, "bf16", 3)
-    found = training.llamafactory_arguments(tuned, tmp_path, tmp_path, 1e-4, 0.05, 1.0)
+    found = llamafactory_arguments(tuned, tmp_path, tmp_path, 1e-4, 0.05, 1.0)
     assert (found["stage"], found["finetuning_type"], found["quantization_bit"], found["bf16"]) == (
         "sft",
         "lora",
