@@ -71,6 +71,7 @@ def test_the_plan(tmp_path: Path) -> None:
         ("train: {tuning: rslora,", "train: {tuning: dora,", 12, "give adapters.first_word.train.tuning: lora, rslora or"),
         ("train: {tuning: rslora,", "train: {tuning: rslora, method: dpo,", 12, "adapters.first_word.train.method: is dpo"),
         ("train: {tuning: rslora,", "train: {tuning: lora, quantization_aware: int4,", 12, "is not rounded"),
+        ("lora: {rank: 8, targets", "lora: {rank: 8, embeddings: true, targets", 12, "shares the embedding of the base"),
         ("    data: {path: words.jsonl", "    data: {path: .", 10, "names no data"),
         ("    data: {path: words.jsonl", "    data: {augment: {}, path: words.jsonl", 10, "only extraction has"),
         ("    data: {path: words.jsonl", "    data: {pat: words.jsonl", 10, "did you mean path?"),

@@ -210,6 +210,7 @@ def test_factory_tunings(keys: dict[str, Any], tuning: str, alpha: float) -> Non
         ({"adam_beta2": 0.999}, "adam_beta2"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type"),
         ({"lora_target": "model.*proj"}, "lora_target"),
+        ({"additional_target": "embed_tokens,input_layernorm"}, "additional_target"),
         ({"mystery_knob": 1}, "mystery_knob"),
         ({"stage": "dpo", "pref_loss": "simpo"}, "pref_loss"),
     ],
@@ -384,6 +385,20 @@ def test_axolotl_tunings(keys: dict[str, Any], tuning: str, alpha: float) -> Non
     assert got.train.lora.targets == ("q_proj", "k_proj")
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("FACTORY", {"additional_target": "embed_tokens, lm_head"}),
+        ("AXOLOTL", {"adapter": "lora", "lora_modules_to_save": ["embed_tokens", "lm_head"]}),
+    ],
+)
+def test_embeddings_beside_low_rank_weights(text: str, keys: dict[str, Any]) -> None:
+    found = imported(change(globals()[text], **keys))
+    assert found.lost == ()
+    assert spec(found).train.lora.embeddings
+    assert not spec(imported(globals()[text])).train.lora.embeddings
+
+
 def test_axolotl_says_that_peft_would_choose_the_layers() -> None:
     found = imported(change(AXOLOTL, adapter="lora", lora_r=8))
     assert "train.lora.targets: all linear layers" in found.text
@@ -506,6 +521,14 @@ def workflow(kind: str, **keys: Any) -> str:
         },
         indent=1,
     )
+
+
+def test_olive_embeddings_beside_low_rank_weights() -> None:
+    flow = json.loads(workflow("LoRA"))
+    flow["passes"]["tune"]["modules_to_save"] = ["embed_tokens", "lm_head"]
+    assert spec(imported(json.dumps(flow), "flow.json")).train.lora.embeddings
+    flow["passes"]["tune"]["modules_to_save"] = ["score"]
+    assert "pass.modules_to_save" in imported(json.dumps(flow), "flow.json").text
 
 
 @pytest.mark.parametrize(("kind", "tuning"), [("LoRA", "lora"), ("QLoRA", "qlora"), ("DoRA", "dora")])

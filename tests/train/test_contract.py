@@ -34,9 +34,10 @@ PLAIN_FILES = {"config.json", "model.safetensors", "training.json", "tokenizer.j
 CASES = [(method, tuning, kind) for kind in bases.ARCHITECTURES for method in METHODS for tuning in TUNINGS]
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"dropout": 0.1, "accumulate": 2, "lora": {"rank": 4, "dropout": 0.1}},
+    "phi3": {"lora": {"rank": 4, "embeddings": True}},
     "gemma3": {"dropout": 0.1, "batching": "pack", "checkpointing": True},
 }
-"""Chance and parts of a batch, so that what resumes exactly is more than the plainest training."""
+"""Chance, embeddings and parts of a batch, so that what resumes exactly is more than the plainest training."""
 QUICK = {("sft", "lora", "qwen3"), ("logits", "full", "qwen3"), ("dpo", "lora", "qwen3"), ("orpo", "full", "qwen3")}
 
 

@@ -144,6 +144,10 @@ class Lora(Value):
     targets: tuple[str, ...] | None = Field(
         None, description="names of linear layers, such as q_proj; default: all those of the decoder's blocks"
     )
+    embeddings: bool = Field(
+        False,
+        description="train the token embedding and the output matrix too, whole: for a base that is small or far from the task",
+    )
 
     @property
     def strength(self) -> float:

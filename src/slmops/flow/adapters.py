@@ -41,6 +41,9 @@ def check(spec: Spec) -> list[Problem]:
             hint = f"give adapters.{name}.train.tuning: {', '.join(TUNINGS[:-1])} or {TUNINGS[-1]}"
             said = f"is {train.tuning}, but adapter {name} has to be low-rank additions to the base"
             found.append(Problem(said, hint, path=f"{here}.tuning"))
+        if train.lora.embeddings:
+            said = f"is set, but adapter {name} shares the embedding of the base with the others"
+            found.append(Problem(said, f"take it out of adapters.{name}.train.lora", path=f"{here}.lora.embeddings"))
         if train.method != "sequence":
             said = f"is {train.method}, but adapter {name} has no teacher"
             found.append(Problem(said, f"give adapters.{name}.train.method: sequence", path=f"{here}.method"))

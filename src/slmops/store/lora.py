@@ -113,7 +113,8 @@ def read(model: Path) -> Adapter:
     """The low-rank adapter in a trained model's folder, or in the folder of an adapter. No weights are loaded.
 
     Raises:
-        ModelError: there is none, it is of another kind, or it does not say which base it belongs to.
+        ModelError: there is none, it is of another kind, it has weights that were trained whole, or it does not say which
+            base it belongs to.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -143,6 +144,12 @@ def read(model: Path) -> Adapter:
         layers[layer.removeprefix(PREFIX)] = Shape(inputs, rank, shapes[f"{layer}.lora_B.weight"][0])
     if not layers:
         raise ModelError(f"{folder}: {WEIGHTS} holds no low-rank weights", hint)
+    whole = sorted(name.removeprefix(PREFIX) for name in shapes if ".lora_" not in name)
+    if whole:
+        raise ModelError(
+            f"{folder}: {whole[0]} was trained whole, which is no low-rank addition",
+            "train it without train.lora.embeddings, or use its merged model",
+        )
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     return Adapter(folder, "dora" if settings.get("use_dora") else tuning, base, scale, layers, settings)

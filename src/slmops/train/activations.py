@@ -85,7 +85,7 @@ def _inputs(shape: Shape, training: Training, names: tuple[str, ...], each: bool
 
 def first_spared(shape: Shape, training: Training, bf16: bool, own: bool) -> int:
     """Bytes of a token that the first layer does not keep, since nothing before its additions is trained."""
-    if training.tuning == "full":
+    if training.tuning == "full" or (training.tuning in LORA and training.lora.embeddings):
         return 0
     low = LOW if bf16 else FLOAT
     if training.tuning != "adapter":

@@ -214,7 +214,13 @@ def trained(shape: Shape, training: Training) -> int:
     moved = sum(training.lora.rank * (inputs + outputs) for inputs, outputs in chosen)
     if training.tuning == "dora":
         moved += sum(outputs for _inputs, outputs in chosen)
-    return shape.layers * moved
+    return shape.layers * moved + embeddings(shape, training)
+
+
+def embeddings(shape: Shape, training: Training) -> int:
+    """Weights of the token embedding and the output matrix that move beside low-rank additions."""
+    whole = training.tuning in activations.LORA and training.lora.embeddings
+    return shape.table * (1 if shape.tied else 2) if whole else 0
 
 
 def kept_of_teacher(shape: Shape, training: Training, load: Load, teacher: Shape) -> tuple[int, int]:
@@ -270,14 +276,14 @@ def memory(
     n, full, method = trained(shape, training), training.tuning == "full", method_of(training)
     own = True if method == "hidden_states" else None
     relations, maps = kept_of_teacher(shape, training, load, teacher) if teacher else (0, 0)
-    n += maps
+    n, whole = n + maps, embeddings(shape, training)
     base = FLOAT * shape.parameters
     if training.tuning == "qlora":
         base = FLOAT * (shape.parameters - shape.in_blocks) + round(FOUR_BIT * shape.in_blocks)
     held = {
         "libraries": LIBRARIES + (TUNING_LIBRARIES if training.tuning in activations.LORA else 0),
         "data": PER_EXAMPLE * load.examples + PER_TOKEN * load.all_tokens + left_by_pass(training, load),
-        "weights": base + FLOAT * (maps if full else n),
+        "weights": base + FLOAT * (maps if full else n - whole),
         "moments": 2 * FLOAT * n,
     }  # fmt: skip
     if teacher:
@@ -294,7 +300,9 @@ def memory(
     kept = round(waste * forward + (waste if training.accumulate > 1 else WASTE) * rest)
     gradients = FLOAT * n
     best = FLOAT * n if load.held else 0
-    table = FLOAT * shape.table if full else 0  # the embedding's gradient is a tensor of its own before it is added
+    table = (
+        FLOAT * shape.table if full or whole else 0
+    )  # the embedding's gradient is a tensor of its own before it is added
     moments = {
         "forward": rounded + copies + kept + (gradients if training.accumulate > 1 else 0),
         "backward": rounded + gradients + table + round(waste * last),

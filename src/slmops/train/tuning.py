@@ -1,6 +1,7 @@
 """Which weights of a model move: all of them, or few new ones beside a frozen base (`train.tuning`).
 
-lora, rslora, dora and qlora are PEFT's own layers, injected into the model, so that what is saved is what PEFT loads.
+lora, rslora, dora and qlora are PEFT's own layers, injected into the model, so that what is saved is what PEFT loads. With
+`lora.embeddings` the token embedding and the output matrix are trained whole, and lie in the same file.
 qlora holds the base in 4 bits by bitsandbytes (NF4, double quantisation), on the CPU as on a GPU: its kernels run on both, so
 that a model tuned on one goes on on the other.
 
@@ -147,7 +148,11 @@ def apply(model: Any, training: Training, seed: int) -> Any:
             use_rslora=training.tuning == "rslora", use_dora=training.tuning == "dora", bias="none", task_type="CAUSAL_LM",
         )  # fmt: skip
         with _quiet():
-            return get_peft_model(model, config)
+            handle = get_peft_model(model, config)
+        if lora.embeddings:
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.weight.requires_grad_(True)
+        return handle
 
 
 def _beside(hidden: int, width: int, activation: Any) -> Any:
@@ -212,7 +217,7 @@ def save_adapter(handle: Any, training: Training, base: Path, out: Path) -> None
     else:
         config = next(iter(handle.peft_config.values()))
         config.base_model_name_or_path = None  # a path of this machine would make the bytes depend on it
-        handle.save_pretrained(folder)
+        handle.save_pretrained(folder, save_embedding_layers=training.lora.embeddings)
         (folder / "README.md").unlink(missing_ok=True)
         _sort(folder / "adapter_config.json")
     about = {"digest": base_digest(base), "tuning": training.tuning}

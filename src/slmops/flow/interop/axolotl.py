@@ -115,6 +115,12 @@ def _targets(source: Source, key: str) -> Outcome:
     return training.targets(source.names(key), key)
 
 
+def _whole(source: Source, key: str) -> Outcome:
+    if not source.get("adapter"):
+        return Drop(_NO_ADAPTER)
+    return training.whole(source.names(key), key)
+
+
 def _linear(source: Source, key: str) -> Outcome:
     if source.flag(key):
         return Fits("all linear layers of the blocks, as by default")
@@ -345,6 +351,7 @@ TRANSLATED: dict[str, To] = {
     "lora_alpha": To("train.lora.alpha", _alpha),
     "lora_dropout": _lora("train.lora.dropout"),
     "lora_target_modules": To("train.lora.targets", _targets),
+    "lora_modules_to_save": To("train.lora.embeddings", _whole),
     "lora_target_linear": To("train.lora.targets", _linear),
     "micro_batch_size": To("train.batch_size", _batch),
     "gradient_accumulation_steps": To("train.accumulate", _batch),

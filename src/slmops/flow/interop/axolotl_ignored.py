@@ -113,7 +113,7 @@ IGNORED = joined(
     because("only a base in 4 bits is there (qlora)", "gptq_groupsize gptq_model_v1"),
     because(
         "slmops trains low-rank weights on linear layers, of one rank, that start as in the paper",
-        "lora_modules_to_save lora_target_parameters lora_rank_pattern lora_alpha_pattern peft_layers_to_transform "
+        "lora_target_parameters lora_rank_pattern lora_alpha_pattern peft_layers_to_transform "
         "peft_layers_pattern peft peft_layer_replication peft_trainable_token_indices lora_fan_in_fan_out relora mora",
         changes=True,
     ),

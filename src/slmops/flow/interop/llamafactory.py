@@ -105,6 +105,12 @@ def _targets(source: Source, key: str) -> Outcome:
     return training.targets(source.names(key), key)
 
 
+def _whole(source: Source, key: str) -> Outcome:
+    if _tuning(source) == "full":
+        return Drop("about LoRA, which finetuning_type is not")
+    return training.whole(source.names(key), key)
+
+
 def _stage(source: Source, key: str) -> Outcome:
     stage = source.word(key).lower()
     if stage == "sft":
@@ -237,6 +243,7 @@ TRANSLATED: dict[str, To] = {
     "lora_alpha": To("train.lora.alpha", _alpha),
     "lora_dropout": _lora("train.lora.dropout"),
     "lora_target": To("train.lora.targets", _targets),
+    "additional_target": To("train.lora.embeddings", _whole),
     "pref_loss": To("train.method", _pref_loss),
     "pref_beta": _about_preference("train.preference.beta"),
     "dpo_label_smoothing": _about_preference("train.preference.label_smoothing"),
@@ -277,7 +284,7 @@ IGNORED = joined(
         "rope_scaling shift_attn mixture_of_depths moe_aux_loss_coef use_llama_pro upcast_layernorm",
         changes=True,
     ),
-    because("slmops trains the weights of `tuning` only", "additional_target freeze_extra_modules", changes=True),
+    because("slmops trains the weights of `tuning` only", "freeze_extra_modules", changes=True),
     because("freezing layers is not there", "freeze_trainable_layers freeze_trainable_modules", changes=True),
     because("low-rank weights start as in the paper", "pissa_init", changes=True),
     because("low-rank weights start as in the paper", "pissa_iter pissa_convert"),

@@ -194,6 +194,7 @@ TRANSLATED: dict[str, To] = {
     "pass.alpha": To("train.lora.alpha", _alpha),
     "pass.lora_dropout": To("train.lora.dropout", lambda s, key: Set("train.lora.dropout", s.number(key))),
     "pass.target_modules": To("train.lora.targets", lambda s, key: training.targets(s.names(key), key)),
+    "pass.modules_to_save": To("train.lora.embeddings", lambda s, key: training.whole(s.names(key), key)),
     "pass.torch_dtype": To("train.precision", _dtype),
     "data.data_name": To("data.path", _data),
     "data.subset": works_through("data.path", "data_name"),
@@ -248,7 +249,7 @@ IGNORED = joined(
     ),
     because(
         "slmops trains low-rank weights on linear layers, of one rank, that start as in the paper",
-        "pass.modules_to_save pass.exclude_modules pass.layers_to_transform pass.layers_pattern pass.rank_pattern "
+        "pass.exclude_modules pass.layers_to_transform pass.layers_pattern pass.rank_pattern "
         "pass.alpha_pattern pass.rank_dropout pass.module_dropout",
         changes=True,
         off=({},),

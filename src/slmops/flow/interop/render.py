@@ -17,6 +17,7 @@ ORDER = (
     "data.splits.train", "data.splits.validation", "data.max_examples",
     "student.base",
     "train.method", "train.tuning", "train.lora.rank", "train.lora.alpha", "train.lora.dropout", "train.lora.targets",
+    "train.lora.embeddings",
     "train.preference.beta", "train.preference.label_smoothing", "train.epochs", "train.max_steps", "train.batch_size",
     "train.accumulate", "train.learning_rate", "train.warmup", "train.final_learning_rate", "train.weight_decay",
     "train.label_smoothing", "train.clip", "train.precision", "train.prompt_weight", "train.max_length", "train.batching",

@@ -134,6 +134,18 @@ def targets(names: tuple[str, ...], key: str) -> Outcome:
     return Set("train.lora.targets", list(names))
 
 
+TABLES = {"embed_tokens", "lm_head"}
+
+
+def whole(names: tuple[str, ...], key: str) -> Outcome:
+    """Modules that are trained whole beside low-rank weights: the token embedding and the output matrix, which go together."""
+    if not names:
+        return Fits("none, as by default")
+    if set(names) - TABLES:
+        return Drop(f"{key}: only the token embedding and the output matrix can be trained whole", changes=True)
+    return Set("train.lora.embeddings", True, "the token embedding and the output matrix")
+
+
 def evaluations(every: float, total: int | None) -> Outcome:
     """Looks at validation: each `every` steps, or each share of the run."""
     path = "train.evaluations"
