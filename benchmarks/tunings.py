@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--clinc150", type=Path, help="data_full.json")
     parser.add_argument("--banking77", type=Path, help="the folder with train.csv and test.csv")
     parser.add_argument("--tunings", nargs="+", choices=tuple(RATES), default=list(RATES))
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--trial-epochs", type=float, help="default: all; with few, rates that are too high look good")
     parser.add_argument(
         "--rates", nargs="+", default=[], type=given_rate, metavar="TUNING=RATE", help="tried by you before"
