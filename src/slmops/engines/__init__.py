@@ -97,6 +97,17 @@ def no_room(index: int, length: int, context: int) -> ModelError:
     )
 
 
+def check_room(prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Refuse prompts that are empty or leave no room for an answer, before any of them is answered.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise no_room(index, len(prompt), context)
+
+
 def clean(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """Messages without NUL characters, at which one runtime would end the text. All engines do this alike."""
     return [{**m, "content": m["content"].replace("\0", "")} for m in messages]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.engine import Generation, Sampling
-from slmops.engines import clean, no_room
+from slmops.engines import check_room, clean, no_room
 from slmops.engines.adapters import adapter_file
 from slmops.errors import MissingExtraError, ModelError
 
@@ -151,9 +151,7 @@ class LlamaCppEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_done: Callable[[int], None] | None = None
     ) -> list[Generation]:
         """One answer per prompt, one prompt after the other. With sampling, prompt i is seeded with `seed + i`."""
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.context_length:
-                raise no_room(index, len(prompt), self.context_length)
+        check_room(prompts, self.context_length)
         answers = []
         for index, prompt in enumerate(prompts):
             answers.append(self._one(prompt, sampling, index))

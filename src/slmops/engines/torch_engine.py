@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.core.digest import digest_json
 from slmops.core.engine import Generation, Sampling
-from slmops.engines import clean, no_room, read_json
+from slmops.engines import check_room, clean, no_room, read_json
 from slmops.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class TorchEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_done: Callable[[int], None] | None = None
     ) -> list[Generation]:
         """One answer per prompt, in order. Times are those of the batch that a prompt ran in."""
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.context_length:
-                raise no_room(index, len(prompt), self.context_length)
+        check_room(prompts, self.context_length)
         seen: Counter[tuple[int, ...]] = Counter()
         occurrence = []
         for prompt in prompts:
