@@ -54,6 +54,7 @@ def load_4bit(folder: Path, precision: str = "fp32") -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from slmops.train import heap
     from slmops.train.network import device_here, precision_for
 
     try:
@@ -67,16 +68,17 @@ def load_4bit(folder: Path, precision: str = "fp32") -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if low else torch.float32,
     )  # fmt: skip
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
-            quantization_config=config, device_map={"": device},
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder}: cannot be loaded in 4 bits: {str(error).splitlines()[0]}") from error
-    for weight in model.parameters():
-        if weight.is_floating_point():  # it lies in the file's pages, and would hold all of them in memory
-            weight.data = weight.data.clone()
+    with heap.given_back():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
+                quantization_config=config, device_map={"": device},
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{folder}: cannot be loaded in 4 bits: {str(error).splitlines()[0]}") from error
+        for weight in model.parameters():
+            if weight.is_floating_point():  # it lies in the file's pages, and would hold all of them in memory
+                weight.data = weight.data.clone()
     return model
 
 
