@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from slmops.core.method import Context
+from slmops.core.method import Context, SilentProgress
 from slmops.core.spec import Lora, Training
 from slmops.errors import ModelError, TrainingError
 from slmops.train import network, sft, tuning
@@ -180,3 +180,25 @@ def test_the_tuned_model_is_gone_before_its_base_is_read_again(
     train(params("lora"), data, base("qwen3"), tmp_path / "out", tmp_path / "s")
     assert len(made) == 1
     assert there == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("full", ["lora", "adapter_width"]),
+        ("adapter", ["lora"]),
+        ("lora", ["adapter_width"]),
+        ("qlora", ["adapter_width"]),
+    ],
+)
+def test_what_a_tuning_does_not_use_is_said(
+    name: Any, said: list[str], data: Path, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    training = Training(tuning=name, max_steps=1, lora=Lora(rank=4, embeddings=True), adapter_width=8)
+    progress = SilentProgress()
+    (tmp_path / "o").mkdir()
+    ctx = Context(3, tmp_path / "s", tmp_path, 1, progress)
+    params = sft.Params(training=training, files=("data/teacher.jsonl",))
+    sft.run(params, {"data": data, "base": base("llama")}, tmp_path / "o", ctx)
+    lines = [line for line in progress.lines if "does not use it" in line]
+    assert lines == [f"train.{one} is given, but tuning {name} does not use it" for one in said]

@@ -149,6 +149,8 @@ def prepare(params: Params, inputs: Mapping[str, Path], ctx: Context) -> Prepare
             f"{pairs} of {len(rows)} examples have a rejected answer too: only train.method dpo and orpo use it, this step "
             "learns the chosen one"
         )
+    for setting in tuning.unread(params.training):
+        ctx.progress.log(f"train.{setting} is given, but tuning {params.training.tuning} does not use it")
     taught = rows
     if not held:
         taught, held = hold_out(rows, params.training.holdout)

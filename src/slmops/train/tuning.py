@@ -90,6 +90,12 @@ def block_linears(model: Any) -> dict[str, torch.nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
 
 
+def unread(training: Training) -> list[str]:
+    """Settings of `train` that differ from their defaults and that its tuning does not use."""
+    used = {"adapter": {"adapter_width"}, "full": set[str]()}.get(training.tuning, {"lora"})
+    return [n for n in ("lora", "adapter_width") if n not in used and getattr(training, n) != getattr(Training(), n)]
+
+
 def check(model: Any, training: Training) -> None:
     """Refuse settings that fit no layer of the model.
 
