@@ -98,6 +98,10 @@ class TrainingError(SlmopsError):
     """Training cannot go on (divergence, nothing to learn from, inputs that do not align)."""
 
 
+class CompressionError(SlmopsError):
+    """A model cannot be made smaller in this way."""
+
+
 class ConversionError(SlmopsError):
     """A model cannot be converted, or its converted form does not behave like the original."""
 

@@ -429,6 +429,22 @@ def test_a_student_without_a_teacher(finished: Finished) -> None:
     assert report.headline.accuracy_retained.value is None and report.headline.accuracy_retained.basis
 
 
+def test_a_student_ships_with_the_tokens_of_its_task(finished: Finished) -> None:
+    stages = {"teacher": None, "student": {"base": str(finished.model("few"))}, "train": {"method": "sequence"} | BRIEF}
+    kept = [row for row in tiny.rows() if row["messages"][1]["content"] in ("refund", "greeting")]  # type: ignore[index]
+    (finished.folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    file = variant(finished.folder, "trimmed", data={"path": "two.jsonl"}, compress={"vocabulary": "seen"}, **stages)
+    ran, report = go(file)
+    assert "student-trimmed" in ran
+    assert variants(report) == ["student-fp32", "whole-int4", "student-int4"]
+    step = next(c for c in report.comparisons if c.name == "trimming")
+    assert (step.reference, step.candidate) == ("whole-int4", "student-int4")
+    assert step.size_reduction.value is not None and step.size_reduction.value > 0
+    folders = finished.model("few"), finished.folder / "outputs" / "trimmed" / "student"
+    before, after = (json.loads((folder / "config.json").read_text())["vocab_size"] for folder in folders)
+    assert 261 < after < before
+
+
 # ------------------------------------------------------------------------------------------------------------ endpoints
 
 

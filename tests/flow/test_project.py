@@ -139,6 +139,7 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
         (["evaluate.gates=[{metric: out_of_scope_recall, at_least: 0.9}]"], "task.out_of_scope"),
         (["train.quantization_aware=int4", "train.block_size=64"], "train.block_size"),
         (["train.quantization_aware=int4", "convert.precision=fp32"], "train.quantization_aware"),
+        (["compress.vocabulary_at_least=900"], "compress.vocabulary_at_least"),
         (["train.method=dpo", "data={path: rows.jsonl, format: alpaca}"], "data.format"),
         (["train.method=orpo"], "data.columns.rejected"),
         (["train.method=orpo"], "teacher"),

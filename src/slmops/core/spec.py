@@ -415,6 +415,18 @@ class Train(Training):
     preference: Preference = Preference()
 
 
+class Compress(Value):
+    """What is taken out of the student between its training and its conversion."""
+
+    vocabulary: Literal["whole", "seen"] = Field(
+        "whole",
+        description="seen: keep only the tokens of the training texts, all bytes and all control marks; other texts take more tokens",
+    )
+    vocabulary_at_least: NonNegative = Field(
+        0, description="with seen: keep this many tokens, those of the earliest merges beside the seen ones"
+    )
+
+
 class Convert(Value):
     """The format and precision that ship."""
 
@@ -519,6 +531,7 @@ class Spec(Value):
     adapters: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], AdapterTask] = Field(
         default_factory=dict, description="further tasks over student.base by name, each an adapter of its own"
     )
+    compress: Compress = Compress()
     convert: Convert = Convert()
     evaluate: Evaluate = Evaluate()
     search: Search | None = None

@@ -41,6 +41,8 @@ def assess(
 def role(variant: str) -> str:
     """`teacher`, `student` or `baseline`, from a variant's name."""
     first = variant.partition("-")[0]
+    if first == "whole":
+        return "student"
     return first if first in ("teacher", "student") else "baseline"
 
 
@@ -56,6 +58,7 @@ def about(variant: str) -> str:
     who = {
         "teacher": "the teacher",
         "student": "the distilled student",
+        "whole": "the student before its vocabulary was trimmed",
         "few": "the student without the teacher, on its few gold labels",
         "all": "the student without the teacher, on all gold labels",
     }.get(first, first)
@@ -64,7 +67,7 @@ def about(variant: str) -> str:
 
 
 def _order(variant: str) -> tuple[int, str]:
-    names = ("teacher-endpoint", "teacher-torch", "teacher-fp32", "student-fp32", "student", "few", "all")
+    names = ("teacher-endpoint", "teacher-torch", "teacher-fp32", "student-fp32", "whole", "student", "few", "all")
     return next((i for i, start in enumerate(names) if variant.startswith(start)), len(names)), variant
 
 
@@ -262,6 +265,7 @@ class _Assessment:
         wanted = [
             ("distilling", "teacher-fp32", "student-fp32"),
             ("quantising", "student-fp32", self.shipped),
+            ("trimming", f"whole-{self.shipped.rpartition('-')[2]}", self.shipped),
             ("both", "teacher-fp32", self.shipped),
             ("as_shipped", own, self.shipped),
         ]

@@ -14,6 +14,7 @@ WORDS = {"passed": "PASSED", "failed": "FAILED", "undecided": "UNDECIDED"}
 STEPS = {
     "distilling": "distilling alone",
     "quantising": "quantising alone",
+    "trimming": "trimming the vocabulary alone",
     "both": "both",
     "as_shipped": "against the teacher as it runs today",
 }

@@ -4,7 +4,8 @@
           └───────────────────────┴─────────────────────────────────┴─ few, all ─────────┘        measure ─ report ─ bundle
 
 Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
-`few` and `all` are the student without the teacher, on its few gold labels and on all of them. Adapters of further tasks
+`few` and `all` are the student without the teacher, on its few gold labels and on all of them; `whole` is the student before
+it was compressed (`student-trimmed`), where `compress` asks for that. Adapters of further tasks
 are planned by `slmops.flow.adapters`.
 """
 
@@ -148,6 +149,8 @@ def check(spec: Spec) -> list[Problem]:
     has_label_metrics = any(g.metric in ("in_scope_accuracy", "out_of_scope_recall") for g in spec.evaluate.gates)
     if has_label_metrics and spec.task.out_of_scope is None:
         wrong("task.out_of_scope", "is missing", "name the label that a gate on scope looks at")
+    if spec.compress.vocabulary_at_least and spec.compress.vocabulary == "whole":
+        wrong("compress.vocabulary_at_least", "is for a vocabulary that is trimmed", "add `vocabulary: seen`")
     if spec.convert.precision == "fp32" and spec.train.quantization_aware != "off":
         wrong("train.quantization_aware", "is set, but the result is fp32", "use `convert: {precision: int4}`")
     if spec.train.quantization_aware == "int4" and spec.train.block_size != spec.convert.block_size:
@@ -218,6 +221,14 @@ def _json(value: Any) -> Any:
 
 def _is_hub(path: str) -> bool:
     return path.startswith("hf:")
+
+
+TRIMMED = "student-trimmed"
+
+
+def finished(spec: Spec) -> str:
+    """The step whose model is converted and ships: the student, compressed if that is asked for."""
+    return "student" if spec.compress.vocabulary == "whole" else TRIMMED
 
 
 class _Builder:
@@ -484,6 +495,8 @@ class _Builder:
             params = {"training": _json(training), "files": files} | common
             word = "distil the student (sequence level)" if "synthetic" in has else "train the student"
             self.add("student", "train.sft", params, word, taught, threads=threads)
+        if spec.compress.vocabulary == "seen":
+            self._trim(files, taught)
         gold = {"few": "data/gold.jsonl", "all": "data/oracle.jsonl"}
         without = {
             "few": "the student without the teacher, its gold only",
@@ -495,7 +508,16 @@ class _Builder:
             params = {"training": _json(training), "files": files} | common
             self.add(name, "train.sft", params, without[name], learned, threads=threads)
 
+    def _trim(self, files: list[str], taught: Mapping[str, str]) -> None:
+        """`student-trimmed`: what is converted instead of `student`. Prompts without labels count as texts too."""
+        params = {"files": [*files, "data/pool.jsonl"], "at_least": self.spec.compress.vocabulary_at_least}
+        inputs = {name: step for name, step in taught.items() if name in ("data", "synthetic", "augmented")}
+        about = "leave out the tokens that the task has no use for"
+        self.add(TRIMMED, "compress.vocabulary", params, about, {"model": "student"} | inputs, threads=1, seed=0)
+
     def _convert(self, model: str, precision: str) -> str:
+        """`MODEL-PRECISION`. Models: those that were trained, `student` compressed if that is asked for, `whole` as it was before."""
+        trained = {"whole": "student", "student": finished(self.spec)}.get(model, model)
         convert = _json(self.spec.convert)
         convert.pop("format")
         aware = self.spec.train.quantization_aware != "off" and model != "teacher"
@@ -508,7 +530,7 @@ class _Builder:
             "convert.onnx_genai",
             params,
             about,
-            {"model": model, "data": "data"},
+            {"model": trained, "data": "data"},
             threads=threads,
             seed=0,
         )
@@ -529,6 +551,8 @@ class _Builder:
         models["student-fp32"] = (self._convert("student", "fp32"), "onnx_genai")
         if shipped != "student-fp32":
             models[shipped] = (self._convert("student", precision), "onnx_genai")
+        if finished(spec) != "student":
+            models[f"whole-{precision}"] = (self._convert("whole", precision), "onnx_genai")
         for name in ("few", "all"):
             if name in has:
                 models[f"{name}-{precision}"] = (self._convert(name, precision), "onnx_genai")

@@ -20,6 +20,7 @@ from slmops.engines.endpoint_address import check_endpoint
 from slmops.errors import ResourceError, SlmopsError, StoppedError
 from slmops.flow import methods
 from slmops.flow.executor import Ended, Executor, Task
+from slmops.flow.planner import finished
 from slmops.flow.state import State, Status
 from slmops.store.files import exclusive, remove_tree
 
@@ -274,7 +275,9 @@ def export(state: State, result: Result) -> dict[str, Path]:
     if "adapters" in result.outputs:
         scores = state.store.path(result.outputs["adapters"]) / "adapters.json"
         made["adapters.json"] = _copy(scores, out / "adapters.json")
-    for name, step in (("student", "student"), ("bundle", "bundle"), ("adapters", "student-adapters")):
+    shipped = finished(state.project.spec)
+    student = shipped if shipped in result.outputs else "student"  # a run that was to end with the training
+    for name, step in (("student", student), ("bundle", "bundle"), ("adapters", "student-adapters")):
         if step in result.outputs:
             made[name] = _copy_folder(state.store.path(result.outputs[step]), out / name, result.outputs[step])
     return made

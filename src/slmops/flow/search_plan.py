@@ -18,7 +18,7 @@ from slmops.core.spec import Metric, Spec
 from slmops.core.step import Step, key_parts
 from slmops.errors import DataError
 from slmops.flow import methods
-from slmops.flow.planner import plan
+from slmops.flow.planner import finished, plan
 from slmops.flow.runner import selected
 from slmops.flow.search_space import Dimension, with_values
 from slmops.flow.state import State
@@ -60,6 +60,8 @@ def trial_steps(spec: Spec) -> list[Step]:
     metrics = [objective.metric for objective in objectives_of(spec)]
     converted = f"{STUDENT}-{spec.convert.precision}"
     steps, wanted = list(plan(spec)), [STUDENT]
+    if "parameters" in metrics:
+        wanted.append(finished(spec))
     if any(metric not in LOCAL for metric in metrics):
         params = {
             "max_new_tokens": spec.evaluate.max_new_tokens, "max_examples": spec.evaluate.max_examples,
@@ -175,7 +177,7 @@ def _value(spec: Spec, metric: SearchMetric, outputs: Mapping[str, Path]) -> flo
     if metric == "validation_loss":
         return float(_json(outputs[LOSS] / "loss.json")["nats_per_answer"])
     if metric == "parameters":
-        return float(_json(outputs[STUDENT] / "training.json")["parameters"])
+        return float(_json(outputs[finished(spec)] / "training.json")["parameters"])
     if metric == "file_mb":
         return model_bytes(outputs[f"{STUDENT}-{spec.convert.precision}"]) / 1e6
     rows = read_predictions(outputs[ANSWERS])

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from slmops.core.digest import digest_file, digest_json, digest_text
 from slmops.core.example import Example
 from slmops.core.method import Context
-from slmops.errors import DataError, ModelError
+from slmops.engines.tokenizer import load_tokenizer as load_tokenizer
+from slmops.engines.tokenizer import rendered
+from slmops.errors import DataError
 from slmops.store.rows import numbered_examples
 
 if TYPE_CHECKING:
@@ -26,11 +28,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Ints = npt.NDArray[np.int64]
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,27 +106,6 @@ def read(inputs: Mapping[str, Path], files: Sequence[str]) -> list[Row]:
     return rows
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, with a chat template and an end token.
-
-    Raises:
-        ModelError: it cannot be loaded, or lacks one of the two.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder}: the tokenizer cannot be loaded: {error}", "the folder needs a tokenizer.json"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer names no end token", "set eos_token in tokenizer_config.json")
-    if not tokenizer.chat_template:
-        raise ModelError(f"{folder}: the tokenizer has no chat template", "use an instruction-tuned model as base")
-    return tokenizer
-
-
 def tokenizer_digest(folder: Path) -> str:
     """Digest of what decides token ids: tokenizer.json and the chat template."""
     config = folder / "tokenizer_config.json"
@@ -143,19 +119,6 @@ def tokenizer_digest(folder: Path) -> str:
 def answer_digest(row: Row) -> str:
     """16 hex digits that name an answered example: the prompt's id and the answer's text."""
     return digest_text(f"{row.example.id}\n{row.example.answer}")[7:23]
-
-
-def rendered(tokenizer: Any, example: Example) -> tuple[str, str]:
-    """Prompt text (generation prompt included) and answer text with its end mark, as the chat template writes them."""
-    prompt: str = tokenizer.apply_chat_template(example.prompt_messages(), tokenize=False, add_generation_prompt=True)
-    whole: str = tokenizer.apply_chat_template(example.messages(), tokenize=False)
-    end: str = tokenizer.eos_token
-    answer = example.answer or ""
-    if whole.startswith(prompt):
-        rest = whole[len(prompt) :]
-        if rest.rstrip().endswith(end) and answer.strip() in rest:
-            return prompt, rest.rstrip()
-    return prompt, answer + end
 
 
 def left_out_before(inputs: Mapping[str, Path]) -> frozenset[str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.spec import Architecture
+from slmops.engines.tokenizer import TOKENIZER_FILES
 from slmops.errors import ModelError
 from slmops.train.batches import Part
 from slmops.train.dropout import Dropout
-from slmops.train.encode import TOKENIZER_FILES
 from slmops.train.shape import config_of, ffn_width, written_out
 from slmops.train.written import ROWS, LowRank, Written
 

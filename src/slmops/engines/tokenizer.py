@@ -1,0 +1,48 @@
+"""The tokenizer of a model folder, and examples as its chat template writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slmops.core.example import Example
+from slmops.errors import ModelError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, with a chat template and an end token.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks one of the two.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be loaded: {error}", "the folder needs a tokenizer.json"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer names no end token", "set eos_token in tokenizer_config.json")
+    if not tokenizer.chat_template:
+        raise ModelError(f"{folder}: the tokenizer has no chat template", "use an instruction-tuned model as base")
+    return tokenizer
+
+
+def rendered(tokenizer: Any, example: Example) -> tuple[str, str]:
+    """Prompt text (generation prompt included) and answer text with its end mark, as the chat template writes them."""
+    prompt: str = tokenizer.apply_chat_template(example.prompt_messages(), tokenize=False, add_generation_prompt=True)
+    whole: str = tokenizer.apply_chat_template(example.messages(), tokenize=False)
+    end: str = tokenizer.eos_token
+    answer = example.answer or ""
+    if whole.startswith(prompt):
+        rest = whole[len(prompt) :]
+        if rest.rstrip().endswith(end) and answer.strip() in rest:
+            return prompt, rest.rstrip()
+    return prompt, answer + end
