@@ -19,8 +19,8 @@ from slmops.errors import CompressionError
 Json = Mapping[str, Any]
 
 HINT = "leave the vocabulary whole"
-PRINTABLE = frozenset(map(chr, range(0x20, 0x7F))) | {"▁"}
-"""Characters that a vocabulary of characters, with bytes for the rarer ones, keeps in any case."""
+ASCII = frozenset(map(chr, range(0x80))) | {"▁"}
+"""Characters that a vocabulary of characters, with bytes for the rarer ones, keeps in any case. Gemma's has a tab for its byte."""
 
 
 def check(tokenizer: Json) -> None:
@@ -43,14 +43,14 @@ def check(tokenizer: Json) -> None:
 def alphabet(tokenizer: Json) -> set[str]:
     """The tokens that every text can be written with.
 
-    All of one character in a byte-level vocabulary (256); the 256 bytes and printable ASCII where there are tokens for bytes
+    All of one character in a byte-level vocabulary (256); the 256 bytes and ASCII where there are tokens for bytes
     (`byte_fallback`); else all of one character.
     """
     vocabulary = tokenizer["model"]["vocab"]
     single = {token for token in vocabulary if len(token) == 1}
     if not tokenizer["model"].get("byte_fallback"):
         return single
-    return {f"<0x{byte:02X}>" for byte in range(256)} & set(vocabulary) | single & PRINTABLE
+    return {f"<0x{byte:02X}>" for byte in range(256)} & set(vocabulary) | single & ASCII
 
 
 def needed(tokenizer: Json, tokens: Iterable[str]) -> set[str]:
