@@ -429,16 +429,20 @@ def test_a_student_without_a_teacher(finished: Finished) -> None:
     assert report.headline.accuracy_retained.value is None and report.headline.accuracy_retained.basis
 
 
-def test_a_student_ships_with_the_tokens_of_its_task(finished: Finished) -> None:
+def test_a_student_ships_with_the_tokens_of_its_task_and_rounded_on_its_texts(finished: Finished) -> None:
     stages = {"teacher": None, "student": {"base": str(finished.model("few"))}, "train": {"method": "sequence"} | BRIEF}
     kept = [row for row in tiny.rows() if row["messages"][1]["content"] in ("refund", "greeting")]  # type: ignore[index]
     (finished.folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    file = variant(finished.folder, "trimmed", data={"path": "two.jsonl"}, compress={"vocabulary": "seen"}, **stages)
+    compress = {"vocabulary": "seen", "quantization": "gptq", "calibration_examples": 50}
+    file = variant(finished.folder, "trimmed", data={"path": "two.jsonl"}, compress=compress, **stages)
     ran, report = go(file)
-    assert "student-trimmed" in ran
-    assert variants(report) == ["student-fp32", "whole-int4", "student-int4"]
-    step = next(c for c in report.comparisons if c.name == "trimming")
-    assert (step.reference, step.candidate) == ("whole-int4", "student-int4")
+    assert {"student-trimmed", "student-rounded"} <= ran
+    assert variants(report) == ["student-fp32", "whole-int4", "nearest-int4", "student-int4"]
+    steps = {c.name: c for c in report.comparisons}
+    assert (steps["trimming"].reference, steps["trimming"].candidate) == ("whole-int4", "nearest-int4")
+    assert (steps["calibrating"].reference, steps["calibrating"].candidate) == ("nearest-int4", "student-int4")
+    assert steps["calibrating"].size_reduction.value == 0
+    step = steps["trimming"]
     assert step.size_reduction.value is not None and step.size_reduction.value > 0
     folders = finished.model("few"), finished.folder / "outputs" / "trimmed" / "student"
     before, after = (json.loads((folder / "config.json").read_text())["vocab_size"] for folder in folders)

@@ -425,6 +425,11 @@ class Compress(Value):
     vocabulary_at_least: NonNegative = Field(
         0, description="with seen: keep this many tokens, those of the earliest merges beside the seen ones"
     )
+    quantization: Literal["none", "gptq"] = Field(
+        "none",
+        description="gptq: round to int4 by what the weights do to training texts (arXiv 2210.17323), not each weight alone",
+    )
+    calibration_examples: Positive = Field(256, description="training examples that gptq looks at")
 
 
 class Convert(Value):

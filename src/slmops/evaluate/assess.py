@@ -41,7 +41,7 @@ def assess(
 def role(variant: str) -> str:
     """`teacher`, `student` or `baseline`, from a variant's name."""
     first = variant.partition("-")[0]
-    if first == "whole":
+    if first in ("nearest", "whole"):
         return "student"
     return first if first in ("teacher", "student") else "baseline"
 
@@ -59,6 +59,7 @@ def about(variant: str) -> str:
         "teacher": "the teacher",
         "student": "the distilled student",
         "whole": "the student before its vocabulary was trimmed",
+        "nearest": "the student with its weights rounded each alone",
         "few": "the student without the teacher, on its few gold labels",
         "all": "the student without the teacher, on all gold labels",
     }.get(first, first)
@@ -67,7 +68,17 @@ def about(variant: str) -> str:
 
 
 def _order(variant: str) -> tuple[int, str]:
-    names = ("teacher-endpoint", "teacher-torch", "teacher-fp32", "student-fp32", "whole", "student", "few", "all")
+    names = (
+        "teacher-endpoint",
+        "teacher-torch",
+        "teacher-fp32",
+        "student-fp32",
+        "whole",
+        "nearest",
+        "student",
+        "few",
+        "all",
+    )
     return next((i for i, start in enumerate(names) if variant.startswith(start)), len(names)), variant
 
 
@@ -261,11 +272,14 @@ class _Assessment:
 
     def comparisons(self) -> tuple[r.Comparison, ...]:
         has = set(self.variants)
+        precision = self.shipped.rpartition("-")[2]
+        nearest = f"nearest-{precision}"
         own = next((v for v in ("teacher-torch", "teacher-endpoint") if v in has), None)
         wanted = [
             ("distilling", "teacher-fp32", "student-fp32"),
             ("quantising", "student-fp32", self.shipped),
-            ("trimming", f"whole-{self.shipped.rpartition('-')[2]}", self.shipped),
+            ("trimming", f"whole-{precision}", nearest if nearest in has else self.shipped),
+            ("calibrating", nearest, self.shipped),
             ("both", "teacher-fp32", self.shipped),
             ("as_shipped", own, self.shipped),
         ]

@@ -15,6 +15,7 @@ STEPS = {
     "distilling": "distilling alone",
     "quantising": "quantising alone",
     "trimming": "trimming the vocabulary alone",
+    "calibrating": "rounding on training texts alone",
     "both": "both",
     "as_shipped": "against the teacher as it runs today",
 }

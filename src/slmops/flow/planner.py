@@ -5,7 +5,8 @@
 
 Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
 `few` and `all` are the student without the teacher, on its few gold labels and on all of them; `whole` is the student before
-it was compressed (`student-trimmed`), where `compress` asks for that. Adapters of further tasks
+its vocabulary was trimmed (`student-trimmed`), `nearest` before its weights were rounded by calibration (`student-rounded`),
+where `compress` asks for that. Adapters of further tasks
 are planned by `slmops.flow.adapters`.
 """
 
@@ -151,6 +152,17 @@ def check(spec: Spec) -> list[Problem]:
         wrong("task.out_of_scope", "is missing", "name the label that a gate on scope looks at")
     if spec.compress.vocabulary_at_least and spec.compress.vocabulary == "whole":
         wrong("compress.vocabulary_at_least", "is for a vocabulary that is trimmed", "add `vocabulary: seen`")
+    if spec.compress.quantization != "none" and spec.convert.precision != "int4":
+        wrong("compress.quantization", f"rounds to int4, but the result is {spec.convert.precision}",
+              "use `convert: {precision: int4}`, or take it out")  # fmt: skip
+    if spec.compress.quantization != "none" and spec.train.quantization_aware != "off":
+        wrong(
+            "compress.quantization",
+            "rounds weights that train.quantization_aware has rounded already",
+            "take one of them out",
+        )
+    if spec.compress.quantization != "none" and spec.convert.rounding == "search":
+        wrong("convert.rounding", "would look for scales that compress.quantization has found", "take it out")
     if spec.convert.precision == "fp32" and spec.train.quantization_aware != "off":
         wrong("train.quantization_aware", "is set, but the result is fp32", "use `convert: {precision: int4}`")
     if spec.train.quantization_aware == "int4" and spec.train.block_size != spec.convert.block_size:
@@ -223,11 +235,11 @@ def _is_hub(path: str) -> bool:
     return path.startswith("hf:")
 
 
-TRIMMED = "student-trimmed"
+TRIMMED, ROUNDED = "student-trimmed", "student-rounded"
 
 
 def finished(spec: Spec) -> str:
-    """The step whose model is converted and ships: the student, compressed if that is asked for."""
+    """The step whose model is the student in full precision, with the vocabulary that ships."""
     return "student" if spec.compress.vocabulary == "whole" else TRIMMED
 
 
@@ -495,8 +507,7 @@ class _Builder:
             params = {"training": _json(training), "files": files} | common
             word = "distil the student (sequence level)" if "synthetic" in has else "train the student"
             self.add("student", "train.sft", params, word, taught, threads=threads)
-        if spec.compress.vocabulary == "seen":
-            self._trim(files, taught)
+        self._compress(files, taught, threads)
         gold = {"few": "data/gold.jsonl", "all": "data/oracle.jsonl"}
         without = {
             "few": "the student without the teacher, its gold only",
@@ -508,20 +519,35 @@ class _Builder:
             params = {"training": _json(training), "files": files} | common
             self.add(name, "train.sft", params, without[name], learned, threads=threads)
 
-    def _trim(self, files: list[str], taught: Mapping[str, str]) -> None:
-        """`student-trimmed`: what is converted instead of `student`. Prompts without labels count as texts too."""
-        params = {"files": [*files, "data/pool.jsonl"], "at_least": self.spec.compress.vocabulary_at_least}
+    def _compress(self, files: list[str], taught: Mapping[str, str], threads: int) -> None:
+        """`student-trimmed` and `student-rounded`. Prompts without labels count as texts too."""
+        compress = self.spec.compress
+        texts = [*files, "data/pool.jsonl"]
         inputs = {name: step for name, step in taught.items() if name in ("data", "synthetic", "augmented")}
-        about = "leave out the tokens that the task has no use for"
-        self.add(TRIMMED, "compress.vocabulary", params, about, {"model": "student"} | inputs, threads=1, seed=0)
+        if compress.vocabulary == "seen":
+            params: dict[str, Any] = {"files": texts, "at_least": compress.vocabulary_at_least}
+            about = "leave out the tokens that the task has no use for"
+            self.add(TRIMMED, "compress.vocabulary", params, about, {"model": "student"} | inputs, threads=1, seed=0)
+        if compress.quantization == "gptq":
+            params = {
+                "files": texts,
+                "examples": compress.calibration_examples,
+                "block_size": self.spec.convert.block_size,
+            }
+            about = "round to int4 by what training texts make of the weights (GPTQ)"
+            given = {"model": finished(self.spec)} | inputs
+            self.add(ROUNDED, "compress.gptq", params, about, given, seed=0, threads=threads)
 
     def _convert(self, model: str, precision: str) -> str:
-        """`MODEL-PRECISION`. Models: those that were trained, `student` compressed if that is asked for, `whole` as it was before."""
-        trained = {"whole": "student", "student": finished(self.spec)}.get(model, model)
+        """`MODEL-PRECISION`. Models: those that were trained, `student` compressed if that is asked for, `whole` with its whole
+        vocabulary, `nearest` with its weights rounded each alone."""
+        trained = {"whole": "student", "student": finished(self.spec), "nearest": finished(self.spec)}.get(model, model)
+        if model == "student" and precision == "int4" and self.spec.compress.quantization != "none":
+            trained = ROUNDED
         convert = _json(self.spec.convert)
         convert.pop("format")
         aware = self.spec.train.quantization_aware != "off" and model != "teacher"
-        rounding = convert["rounding"] or ("plain" if aware else "search")
+        rounding = convert["rounding"] or ("plain" if aware or trained == ROUNDED else "search")
         params = convert | {"precision": precision, "rounding": rounding}
         threads = 1
         about = f"{model} to ONNX Runtime GenAI, {precision}"
@@ -551,6 +577,8 @@ class _Builder:
         models["student-fp32"] = (self._convert("student", "fp32"), "onnx_genai")
         if shipped != "student-fp32":
             models[shipped] = (self._convert("student", precision), "onnx_genai")
+        if spec.compress.quantization != "none":
+            models["nearest-int4"] = (self._convert("nearest", precision), "onnx_genai")
         if finished(spec) != "student":
             models[f"whole-{precision}"] = (self._convert("whole", precision), "onnx_genai")
         for name in ("few", "all"):
