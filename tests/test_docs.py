@@ -87,6 +87,24 @@ def test_the_guide_to_methods_plans(tmp_path: Path) -> None:
     assert len(found) == 4
 
 
+def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    from slmops.flow.planner import plan
+    from slmops.flow.project import load
+
+    (text,) = [text for kind, text in blocks(ROOT / "docs" / "guides" / "smaller-models.md") if kind == "yaml"]
+    yaml = YAML()
+    with (tmp_path / "slmops.yaml").open("w") as out:
+        yaml.dump({**yaml.load(SPEC), **yaml.load(text)}, out)
+    steps = {step.id: step for step in plan(load(tmp_path / "slmops.yaml", []).spec)}
+    assert steps["student-int4"].inputs["model"] == "student-rounded"
+    assert steps["student-rounded"].inputs["model"] == steps["nearest-int4"].inputs["model"] == "student-trimmed"
+    assert steps["student-fp32"].inputs["model"] == "student-trimmed"
+    assert steps["whole-int4"].inputs["model"] == "student"
+    assert steps["student-int4"].params["rounding"] == "plain" and steps["nearest-int4"].params["rounding"] == "search"
+
+
 @pytest.mark.slow
 def test_the_guide_to_preferences_runs(tmp_path: Path) -> None:
     for kind, text in blocks(ROOT / "docs" / "guides" / "preference.md"):
