@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from slmops.compress import gptq
 from slmops.convert.rounding import round_matrix
 from slmops.core.method import Context, SilentProgress
-from slmops.engines.tokenizer import load_tokenizer
+from slmops.engines.tokenizer import calibration, load_tokenizer
 from slmops.engines.torch_engine import TorchEngine
 from slmops.errors import CompressionError, DataError
 from slmops.train import network
@@ -122,7 +122,7 @@ def test_each_layer_is_calibrated_on_the_rounded_ones_before_it(
     facts = run(whole, data, tmp_path / "small", block_size=16)
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
     engine = TorchEngine(whole)
-    batches = gptq.calibration(engine, gptq.Params(files=FILES), {"data": data})
+    batches = gptq.batched(calibration(engine.tokenizer, {"data": data}, FILES, 256, 128))
     assert sum(len(batch) for batch in batches) == 60
     assert facts["tokens"] == sum(batch.numel() for batch in batches)
     torch.testing.assert_close(seen[-1], last_input(rounded, batches), rtol=1e-4, atol=1e-5)

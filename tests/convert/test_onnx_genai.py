@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from slmops.convert import onnx_genai
-from slmops.convert.onnx_genai import Params, choose, supported
+from slmops.convert.fidelity import choose, judge
+from slmops.convert.onnx_genai import Params, supported
 from slmops.convert.rounding import round_matrix
 from slmops.core.digest import digest_file
 from slmops.core.method import Context
@@ -146,8 +147,8 @@ def test_a_float32_model_that_differs_is_an_error() -> None:
     where = {"id": "abc", "step": 3, "reference": "yes", "converted": "no"}
     fidelity = {"template_equal": 1.0, "positions": 10, "token_agreement": 0.9, "first_divergence": where}
     with pytest.raises(ConversionError, match=r"90.00%.*prompt abc, token 3: 'no' instead of 'yes'"):
-        onnx_genai.judge(fidelity, Params(precision="fp32"))
-    onnx_genai.judge(fidelity, Params(precision="int4"))
+        judge(fidelity, "fp32", 0.99)
+    judge(fidelity, "int4", 0.99)
 
 
 @pytest.mark.parametrize(

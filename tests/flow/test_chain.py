@@ -449,6 +449,22 @@ def test_a_student_ships_with_the_tokens_of_its_task_and_rounded_on_its_texts(fi
     assert 261 < after < before
 
 
+def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra [llamacpp]")
+    convert = {"precision": "int4", "fidelity_prompts": 8, "also": ["gguf-fp16", "gguf-q4_0"]}
+    ran, report = go(variant(finished.folder, "forms", convert=convert))
+    assert {"student-gguf-fp16", "predict-student-gguf-q4_0", "measure"} <= ran and "student" not in ran
+    assert {"student-gguf-fp16", "student-gguf-q4_0", "student-int4"} <= set(variants(report))
+    forms = {v.name: v for v in report.variants}
+    half = forms["student-gguf-fp16"]
+    assert half.runtime == "llama.cpp" and half.about.endswith("llama.cpp, fp16")
+    assert half.fidelity is not None and half.fidelity["token_agreement"] > 0.95
+    assert half.memory is not None and half.latency is not None
+    assert half.file_bytes is not None and half.file_bytes > forms["student-gguf-q4_0"].file_bytes  # type: ignore[operator]
+    assert half.scores["accuracy"].value == pytest.approx(forms["student-fp32"].scores["accuracy"].value, abs=0.1)
+    assert (finished.folder / "outputs" / "forms" / "gguf-q4_0" / "model.gguf").is_file()
+
+
 # ------------------------------------------------------------------------------------------------------------ endpoints
 
 

@@ -23,10 +23,12 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"
 
 
 class Params(method.Params):
-    """`model`: the folder's name, or `hf:ORG/NAME[@REVISION]`; `runtime`: what it is converted for later, if anything."""
+    """`model`: the folder's name, or `hf:ORG/NAME[@REVISION]`; `runtime`: what it is converted for later, if anything; `gguf`: whether
+    it will be GGUF too."""
 
     model: str
     runtime: Literal["onnx_genai"] | None = None
+    gguf: bool = False
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -44,6 +46,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         source = _download(params.model, ctx)
     config = _check(source, params.model)
     refusal = runtimes.onnx_genai(config) if params.runtime else None
+    refusal = refusal or (runtimes.llama_cpp(config) if params.gguf else None)
     if refusal:
         raise ConversionError(f"{params.model}: {refusal.message}", refusal.hint)
     taken = sorted({path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})

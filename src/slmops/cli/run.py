@@ -141,7 +141,7 @@ def _print_end(report: dict[str, Any] | None, made: dict[str, Path]) -> None:
 
         print(render_text(report))
         rows.append(["report", str(made["report.html"])])
-    for name in ("bundle", "student"):
+    for name in ("bundle", "student", *(name for name in made if name.startswith("gguf-"))):
         if name in made:
             held = size(sum(p.stat().st_size for p in made[name].rglob("*") if p.is_file()))
             rows.append([name, f"{made[name]} ({held})"])

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.core.spec import Positive
-from slmops.errors import CompressionError, DataError
+from slmops.errors import CompressionError
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +74,13 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     import torch
     from transformers.utils import logging
 
-    from slmops.engines.tokenizer import TOKENIZER_FILES
+    from slmops.engines.tokenizer import TOKENIZER_FILES, calibration
     from slmops.engines.torch_engine import TorchEngine
 
     logging.disable_progress_bar()
     source = inputs["model"]
     engine = TorchEngine(source, threads=ctx.threads)
-    batches = calibration(engine, params, inputs)
+    batches = batched(calibration(engine.tokenizer, inputs, params.files, params.examples, engine.context_length))
     blocks = blocks_of(engine.model)
     ctx.progress.start("rounding", len(blocks), "blocks")
     before = after = 0.0
@@ -115,29 +114,13 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     return {"tokens": tokens, "error_to_nearest": round(after / before, 6) if before else None, "blocks": len(blocks)}
 
 
-def calibration(engine: Any, params: Params, inputs: Mapping[str, Path]) -> list[torch.Tensor]:
-    """Token ids of prompts with their answers, in batches of equal length: int64 (examples, tokens) each.
-
-    Raises:
-        DataError: there are none.
-    """
+def batched(texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Token ids in batches of equal length: int64 (examples, tokens) each."""
     import torch
 
-    from slmops.engines.tokenizer import rendered
-    from slmops.store.rows import read_examples
-
-    found: dict[tuple[str, str], Example] = {}
-    for entry in params.files:
-        name, _, file = entry.partition("/")
-        found |= {(example.id, example.answer or ""): example for example in read_examples(inputs[name] / file)}
-    rows: dict[int, list[list[int]]] = {}
-    for key in sorted(found)[: params.examples]:
-        texts = rendered(engine.tokenizer, found[key])[: 1 if found[key].answer is None else 2]
-        parts = engine.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        ids = [id for part in parts for id in part][: engine.context_length]
+    rows: dict[int, list[Sequence[int]]] = {}
+    for ids in texts:
         rows.setdefault(len(ids), []).append(ids)
-    if not rows:
-        raise DataError("there is no example to calibrate on", f"the files are: {', '.join(params.files)}")
     batches = []
     for length, same in sorted(rows.items()):
         size = max(1, BATCH_TOKENS // length)

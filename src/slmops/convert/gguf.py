@@ -1,7 +1,9 @@
 """Method `convert.gguf`: a Hugging Face model becomes one GGUF file that llama.cpp runs by itself, tokenizer and all.
 
 Architectures: llama, qwen3, phi3, gemma3_text. Matrices are fp32, fp16, bf16 or q8_0 (blocks of 32 weights with one
-scale; a matrix whose rows are no multiple of 32 stays fp16); norms and biases are fp32. Whatever llama.cpp would compute
+scale; a matrix whose rows are no multiple of 32 stays fp16), or of a type that llama.cpp's own library makes from fp32
+(`gguf_quantize`), weighed by what training examples make of them where there are `files`; norms and biases are fp32. With `data` the
+result is run in llama.cpp and compared with torch (`fidelity`). Whatever llama.cpp would compute
 otherwise than the model does is refused before anything is written, with exceptions that `differs` in the facts names:
 texts that llama.cpp cuts into other tokens, tokens at which it alone ends an answer, positions beyond the first context
 of a model with long rotary factors, and a phi3 with an attention window, whose context is cut to that window.
@@ -20,12 +22,17 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from slmops.convert import gguf_names, gguf_vocabulary
+from pydantic import Field
+
+from slmops.convert import fidelity, gguf_names, gguf_quantize, gguf_vocabulary
+from slmops.convert.importance import mean_squares
 from slmops.core import runtimes
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
+from slmops.core.spec import Positive
+from slmops.engines import detect, open_engine, read_json
 from slmops.errors import ConversionError, ModelError
 
 if TYPE_CHECKING:
@@ -36,15 +43,16 @@ if TYPE_CHECKING:
 
 DECLARATION = Declaration(
     name="convert.gguf",
-    version="1",
+    version="2",
     makes="model",
-    takes={"model": "model"},
-    extra="gguf",
-    packages=("gguf", "numpy"),
+    takes={"model": "model", "data?": "dataset", "synthetic?": "dataset", "augmented?": "dataset"},
+    extra="llamacpp",
+    packages=("gguf", "numpy", "llama-cpp-python", "torch", "transformers"),
 )
 
 FILE = "model.gguf"
 Precision = Literal["fp32", "fp16", "bf16", "q8_0"]
+Quantized = Literal["q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"]
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 BLOCK = 32
@@ -56,9 +64,13 @@ LARGE_GEMMA = 62
 
 
 class Params(BaseParams):
-    """`precision` of the matrices."""
+    """`precision` of the matrices; `files` of examples, as `input/file`, of which `examples` say what counts in a quantised type."""
 
-    precision: Precision = "fp16"
+    precision: Precision | Quantized = "fp16"
+    files: tuple[str, ...] = ()
+    examples: Positive = 256
+    fidelity_prompts: Positive = 32
+    min_token_agreement: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
 
 
 @dataclass(frozen=True)
@@ -81,19 +93,62 @@ class Stored:
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
-    """Write `model.gguf` from the folder `inputs["model"]`.
+    """Write `model.gguf` from the folder `inputs["model"]`, and check it on validation prompts of `inputs["data"]` if that is given.
 
     Raises:
-        ConversionError: the architecture, the tokenizer or a tensor cannot be written.
-        MissingExtraError: `gguf` is not installed.
+        ConversionError: the architecture, the tokenizer or a tensor cannot be written, or llama.cpp does not agree with torch.
+        MissingExtraError: `gguf` is not installed, or llama.cpp where it is needed.
     """
-    return export(inputs["model"], out, params.precision, ctx)
+    source = inputs["model"]
+    examples = fidelity.choose(inputs["data"], params.fidelity_prompts) if "data" in inputs else []
+    if params.precision in TYPES:
+        facts = export(source, out, params.precision, ctx)  # type: ignore[arg-type]
+    else:
+        facts = _quantized(params, inputs, out, ctx)
+    if examples:
+        reference = open_engine(source, threads=1, kind="torch")
+        converted = open_engine(out, threads=1, kind="llama_cpp")
+        ctx.progress.start("checking against PyTorch", len(examples), "prompts")
+        found = fidelity.compare(reference, converted, examples, on_done=ctx.progress.advance)
+        ctx.progress.stop()
+        reference.close()
+        converted.close()
+        fidelity.write(found, params.precision, out)
+        fidelity.judge(found, params.precision, params.min_token_agreement)
+        facts |= {"token_agreement": found["token_agreement"], "mean_kl": found["mean_kl"]}
+    return facts
+
+
+def _quantized(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
+    """Write `model.gguf` in a type of llama.cpp's own library, from a float32 file that does not stay."""
+    import tempfile
+
+    source = inputs["model"]
+    weights: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=ctx.scratch if ctx.scratch.is_dir() else None) as work:
+        facts = export(source, Path(work), "fp32", ctx)
+        if params.files:
+            config = read_json(source / "config.json")
+            name = gguf_names.namer(config)
+            head = "token_embd" if tied(config) else "output"
+            found = mean_squares(source, inputs, params.files, params.examples, ctx.threads)
+            weights = {
+                f"{head if layer == 'lm_head' else name(layer)}.weight": values for layer, values in found.items()
+            }
+        gguf_quantize.quantize(Path(work) / FILE, out / FILE, params.precision, ctx.threads, weights)
+    made = gguf_quantize.types(out / FILE)
+    other = {kind: count for kind, count in made.items() if "_k" in params.precision and "_k" not in kind}
+    if other:
+        total = sum(made.values())
+        ctx.progress.log(
+            f"{sum(other.values())} of {total} matrices are in {' and '.join(sorted(other))}: their rows are no multiple of 256 weights, "
+            f"which {params.precision} needs"
+        )
+    return facts | {"precision": params.precision, "model_bytes": (out / FILE).stat().st_size, "types": made}
 
 
 def export(source: Path, out: Path, precision: Precision, ctx: Context) -> Facts:
     """Write `model.gguf` into `out`; see `run`."""
-    from slmops.engines import detect, read_json
-
     gguf_names.library()
     if detect(source) != "torch":
         raise ConversionError(f"{source} is not a Hugging Face model", "convert the trained model, not a converted one")
@@ -142,11 +197,11 @@ def place(config: Mapping[str, Any], found: Mapping[str, Stored]) -> dict[str, t
         ConversionError: a tensor has no place, one is missing, or one has another shape than config.json says.
     """
     expected, name_of = shapes(config), gguf_names.namer(config)
-    tied = config.get("tie_word_embeddings", config["model_type"] == "gemma3_text")
+    shared = tied(config)
     placed = {}
     for name, tensor in sorted(found.items()):
         layer, _, part = name.rpartition(".")
-        if name == "lm_head.weight" and tied:
+        if name == "lm_head.weight" and shared:
             continue
         wanted = expected.pop(name, None)
         new = name_of(layer)
@@ -160,11 +215,16 @@ def place(config: Mapping[str, Any], found: Mapping[str, Stored]) -> dict[str, t
             )
         placed[f"{new}.{part}"] = (name, tensor)
     missing = sorted(
-        name for name in expected if not name.endswith(".bias") and not (tied and name == "lm_head.weight")
+        name for name in expected if not name.endswith(".bias") and not (shared and name == "lm_head.weight")
     )
     if missing:
         raise ConversionError(f"the model has no tensor {missing[0]}", "fetch it whole")
     return placed
+
+
+def tied(config: Mapping[str, Any]) -> bool:
+    """Whether the token embedding is the output matrix too."""
+    return bool(config.get("tie_word_embeddings", config["model_type"] == "gemma3_text"))
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -61,7 +61,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     """
     import tempfile
 
-    from slmops.convert import onnx_genai
+    from slmops.convert import fidelity, onnx_genai
     from slmops.engines import detect, read_json
 
     base = inputs["base"]
@@ -77,7 +77,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     missing = sorted(set(adapters) - set(data))
     if missing:
         raise ConversionError(f"no prompts to check adapter {missing[0]} on", f"give the input data.{missing[0]}")
-    examples = {name: onnx_genai.choose(data[name], params.fidelity_prompts) for name in adapters}
+    examples = {name: fidelity.choose(data[name], params.fidelity_prompts) for name in adapters}
     with tempfile.TemporaryDirectory(dir=ctx.scratch if ctx.scratch.is_dir() else None) as work:
         ctx.progress.start("building the graph")
         onnx_genai.build(base, Path(work), "fuse_qkv=false")
@@ -88,13 +88,13 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     entries = {name: write_adapter(adapter, places[name], out, name) for name, adapter in adapters.items()}
     manifest = {"base": next(iter(adapters.values())).base, "precision": params.precision, "adapters": entries}
     (out / ADAPTERS).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
-    fidelity = check(params, {"": base} | sources, out, examples, ctx)
+    agreed = check(params, {"": base} | sources, out, examples, ctx)
     facts: Facts = {
         "precision": params.precision,
         "model_bytes": sum(f.stat().st_size for f in out.glob("model.onnx*")),
         "adapter_bytes": {n: (out / about["file"]).stat().st_size for n, about in entries.items()},
-        "token_agreement": {name or "(none)": found["token_agreement"] for name, found in fidelity.items()},
-        "mean_kl": {name or "(none)": found["mean_kl"] for name, found in fidelity.items()},
+        "token_agreement": {name or "(none)": found["token_agreement"] for name, found in agreed.items()},
+        "mean_kl": {name or "(none)": found["mean_kl"] for name, found in agreed.items()},
     }
     return facts | written
 
@@ -238,7 +238,7 @@ def check(
     Raises:
         ConversionError: an fp32 conversion does not agree.
     """
-    from slmops.convert import onnx_genai
+    from slmops.convert import fidelity
     from slmops.engines import open_engine
     from slmops.engines.onnx_genai import GenaiEngine
 
@@ -251,7 +251,7 @@ def check(
             converted.use(name or None)
             reference = open_engine(source, threads=1, kind="torch")
             ctx.progress.start(f"checking {name or 'the base'} against PyTorch", len(asked), "prompts")
-            found[name] = onnx_genai.compare(reference, converted, asked, on_done=ctx.progress.advance)
+            found[name] = fidelity.compare(reference, converted, asked, on_done=ctx.progress.advance)
             ctx.progress.stop()
             reference.close()
     finally:
@@ -260,7 +260,7 @@ def check(
     (out / "fidelity.json").write_text(text + "\n", "utf-8")
     for name, value in found.items():
         try:
-            onnx_genai.judge(value, params)
+            fidelity.judge(value, params.precision, params.min_token_agreement)
         except ConversionError as error:
             raise ConversionError(f"{f'adapter {name}' if name else 'the base'}: {error.message}", error.hint) from None
     return found

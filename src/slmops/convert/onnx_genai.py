@@ -12,24 +12,17 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from slmops.convert import onnx_gemma3
+from slmops.convert import fidelity, onnx_gemma3
 from slmops.core import runtimes
-from slmops.core.engine import Engine, Sampling
-from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.errors import ConversionError, MissingExtraError
-from slmops.store.rows import read_examples
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 DECLARATION = Declaration(
     name="convert.onnx_genai",
@@ -44,7 +37,6 @@ BITS: dict[str, int | None] = {"fp32": None, "int8": 8, "int4": 4}
 ACCURACY_LEVEL = 4
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 SEARCH = {"max_length", "min_length", "do_sample", "past_present_share_buffer", "num_beams", "num_return_sequences"}
-CONTINUATION = 32
 
 
 class Params(BaseParams):
@@ -83,7 +75,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         raise ConversionError(f"{source} is not a Hugging Face model", "convert the trained model, not a converted one")
     config = read_json(source / "config.json")
     supported(config)
-    examples = choose(inputs["data"], params.fidelity_prompts)
+    examples = fidelity.choose(inputs["data"], params.fidelity_prompts)
     with tempfile.TemporaryDirectory(dir=ctx.scratch if ctx.scratch.is_dir() else None) as work:
         ctx.progress.start("building the graph")
         build(source, Path(work))
@@ -92,35 +84,20 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     reference = open_engine(source, threads=1, kind="torch")
     converted = open_engine(out, threads=1, kind="onnx_genai")
     ctx.progress.start("checking against PyTorch", len(examples), "prompts")
-    fidelity = compare(reference, converted, examples, on_done=ctx.progress.advance)
+    found = fidelity.compare(reference, converted, examples, on_done=ctx.progress.advance)
     ctx.progress.stop()
     reference.close()
     converted.close()
-    fidelity["precision"] = params.precision
-    (out / "fidelity.json").write_text(json.dumps(fidelity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    judge(fidelity, params)
+    fidelity.write(found, params.precision, out)
+    fidelity.judge(found, params.precision, params.min_token_agreement)
     bytes_ = sum(f.stat().st_size for f in out.glob("model.onnx*"))
     return {
         "precision": params.precision,
         "model_bytes": bytes_,
-        "token_agreement": fidelity["token_agreement"],
-        "mean_kl": fidelity["mean_kl"],
+        "token_agreement": found["token_agreement"],
+        "mean_kl": found["mean_kl"],
         **written,
     }
-
-
-def choose(data: Path, count: int) -> list[Example]:
-    """`count` validation prompts, those with the smallest ids; never test prompts.
-
-    Raises:
-        ConversionError: there is no validation prompt.
-    """
-    examples = {example.id: example for example in read_examples(data / "validation.jsonl")}
-    if not examples:
-        raise ConversionError(
-            "there are no validation prompts to check the conversion on", "set data.splits.validation"
-        )
-    return [examples[key] for key in sorted(examples)[:count]]
 
 
 def build(source: Path, work: Path, *extra: str) -> None:
@@ -222,101 +199,3 @@ def write(
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     return {"rounded": len(report.rounded), "kept_fp32": report.kept, "rotary_computed": report.rotary_computed}
-
-
-def compare(reference: Engine, converted: Engine, examples: Sequence[Example], on_done: Any = None) -> dict[str, Any]:
-    """Agreement of two engines along the greedy answers of the first.
-
-    Returns:
-        `prompts`, `positions`, `token_agreement` (share of positions with the same most likely token), `mean_kl`
-        (nats), `max_logit_difference`, `template_equal` (share of prompts with equal token ids), `skipped` (prompts
-        that leave no room in the context), and for the first that differs `first_divergence` or `first_template_difference`.
-    """
-    import numpy as np
-
-    positions = agreed = templates = skipped = 0
-    divergence = largest = 0.0
-    first: dict[str, Any] | None = None
-    first_template: dict[str, Any] | None = None
-    prompts = [reference.encode(example.prompt_messages()) for example in examples]
-    fitting = [ids for ids in prompts if len(ids) < reference.context_length]
-    answers = iter(reference.generate(fitting, Sampling(max_new_tokens=CONTINUATION)))
-    for example, ids in zip(examples, prompts, strict=True):
-        other = converted.encode(example.prompt_messages())
-        templates += ids == other
-        if ids != other and first_template is None:
-            first_template = {"id": example.id, "reference": ids, "converted": other}
-        if len(ids) >= reference.context_length:
-            skipped += 1
-        else:
-            whole = [*ids, *next(answers).tokens[:-1]]
-            start = len(ids) - 1
-            a, b = _rows(reference, whole, start), _rows(converted, whole, start)
-            wanted, got = a.argmax(-1), b.argmax(-1)
-            positions += len(a)
-            agreed += int((wanted == got).sum())
-            p, q = _log_softmax(a), _log_softmax(b)
-            divergence += float((np.exp(p) * (p - q)).sum())
-            largest = max(largest, float(np.abs(a - b).max()))
-            if first is None and (wanted != got).any():
-                step = int((wanted != got).argmax())
-                first = {
-                    "id": example.id,
-                    "step": step,
-                    "reference": reference.decode([int(wanted[step])]),
-                    "converted": reference.decode([int(got[step])]),
-                }
-        if on_done:
-            on_done(1)
-    return {
-        "prompts": len(examples),
-        "skipped": skipped,
-        "positions": positions,
-        "token_agreement": agreed / positions if positions else None,
-        "mean_kl": round(max(divergence / positions, 0.0), 9) if positions else None,
-        "max_logit_difference": round(largest, 6),
-        "template_equal": templates / len(examples),
-        "first_divergence": first,
-        "first_template_difference": first_template,
-    }
-
-
-def judge(fidelity: Mapping[str, Any], params: Params) -> None:
-    """Refuse a conversion that is wrong, as opposed to rounded.
-
-    Raises:
-        ConversionError: token ids differ, no prompt fits, or a float32 model agrees less than it must.
-    """
-    if fidelity["template_equal"] < 1.0:
-        where = fidelity["first_template_difference"]
-        raise ConversionError(
-            f"the runtime's tokenizer or chat template gives other token ids than transformers for prompt {where['id']}: "
-            f"{where['converted'][:12]} instead of {where['reference'][:12]}",
-            "the runtime knows no normaliser and only plain Jinja templates; remove the normaliser from tokenizer.json",
-        )
-    if not fidelity["positions"]:
-        raise ConversionError("every validation prompt is longer than the context", "train with a longer context")
-    if params.precision == "fp32" and fidelity["token_agreement"] < params.min_token_agreement:
-        where = fidelity["first_divergence"]
-        raise ConversionError(
-            f"the converted model agrees with PyTorch on {fidelity['token_agreement']:.2%} of next tokens, less than "
-            f"{params.min_token_agreement:.2%}; first at prompt {where['id']}, token {where['step']}: "
-            f"{where['converted']!r} instead of {where['reference']!r}",
-            "the architecture may have a feature that the builder does not know; see fidelity.json",
-        )
-
-
-def _rows(engine: Any, ids: list[int], start: int) -> NDArray[np.float64]:
-    """Logits from position `start` on, float64 (len(ids) - start, vocabulary)."""
-    import numpy as np
-
-    rows: NDArray[np.float64] = np.asarray(engine.logits(ids, start), np.float64)
-    return rows
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    import numpy as np
-
-    shifted = logits - logits.max(-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

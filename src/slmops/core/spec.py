@@ -432,11 +432,26 @@ class Compress(Value):
     calibration_examples: Positive = Field(256, description="training examples that gptq looks at")
 
 
+Gguf = Literal[
+    "gguf-fp32", "gguf-fp16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_0", "gguf-iq4_nl",
+    "gguf-iq4_xs", "gguf-q3_k_m", "gguf-q2_k",
+]  # fmt: skip
+
+
 class Convert(Value):
-    """The format and precision that ship."""
+    """The format and precision that ship, and others to be judged beside it."""
 
     format: Literal["onnx_genai"] = "onnx_genai"
     precision: Precision = "int4"
+    also: tuple[Gguf, ...] = Field(
+        (),
+        description="forms of the student that are made, judged and put into outputs/NAME/ beside the one that ships; GGUF needs "
+        "the extra [llamacpp]",
+    )
+    importance: bool = Field(
+        True,
+        description="quantised types of GGUF: weigh errors by what training examples make of them (importance matrix)",
+    )
     block_size: Literal[16, 32, 64, 128] = 32
     fidelity_prompts: Positive = 32
     rounding: Literal["search", "plain"] | None = Field(

@@ -55,13 +55,13 @@ class LlamaCppEngine:
         self._adapters: dict[str, Any] = {}
         if adapter is not None:
             adapter_file(folder, adapter)  # before the model is loaded
-        _listen(llama_cpp)
+        listen(llama_cpp)
         file = folder / "model.gguf"
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise ModelError(f"{file} cannot be loaded: {_complaint()}", "convert the model again")
+            raise ModelError(f"{file} cannot be loaded: {complaint()}", "convert the model again")
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         self._size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         kind = self._about("general.architecture")
@@ -97,7 +97,7 @@ class LlamaCppEngine:
             file = adapter_file(self._folder, adapter)
             loaded = self._lib.llama_adapter_lora_init(self._model, str(file).encode())
             if not loaded:
-                raise ModelError(f"{file} cannot be loaded: {_complaint()}", "convert the model again")
+                raise ModelError(f"{file} cannot be loaded: {complaint()}", "convert the model again")
             self._adapters[adapter] = loaded
         self._active = adapter
         self._apply()
@@ -110,7 +110,7 @@ class LlamaCppEngine:
         handles = (self._lib.llama_adapter_lora_p_ctypes * 1)(*active)
         scales = (ctypes.c_float * 1)(1.0)
         if self._lib.llama_set_adapters_lora(self._context, handles, len(active), scales):
-            raise ModelError(f"adapter {self._active} cannot be switched on: {_complaint()}", "convert the model again")
+            raise ModelError(f"adapter {self._active} cannot be switched on: {complaint()}", "convert the model again")
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, marks such as `<|end|>` included; nothing is put before it."""
@@ -193,7 +193,7 @@ class LlamaCppEngine:
             self._context = lib.llama_init_from_model(self._model, params)
             if not self._context:
                 self._context = None
-                raise ModelError(f"{self._folder} cannot be run: {_complaint()}", "ask for a shorter context")
+                raise ModelError(f"{self._folder} cannot be run: {complaint()}", "ask for a shorter context")
             self._apply()
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
 
@@ -209,7 +209,7 @@ class LlamaCppEngine:
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = start + i >= len(ids) - rows
             if self._lib.llama_decode(self._context, batch):
-                raise ModelError(f"llama.cpp failed: {_complaint()}", "shorten the prompt, or convert the model again")
+                raise ModelError(f"llama.cpp failed: {complaint()}", "shorten the prompt, or convert the model again")
             for i in range(len(part)):
                 if batch.logits[i]:
                     row = self._lib.llama_get_logits_ith(self._context, i)
@@ -239,7 +239,7 @@ class LlamaCppEngine:
         self._adapters = {}
 
 
-def _listen(lib: Any) -> None:
+def listen(lib: Any) -> None:
     """Take the runtime's log, which it would print, and keep its last errors."""
     if "callback" in _log:
         return
@@ -253,7 +253,8 @@ def _listen(lib: Any) -> None:
     lib.llama_backend_init()
 
 
-def _complaint() -> str:
+def complaint() -> str:
+    """The runtime's last error lines, and forget them."""
     lines, _log["lines"] = _log["lines"], []
     return " ".join(lines) or "it does not say why"
 

@@ -22,8 +22,11 @@ TEMPLATE = (
 PROMPT = [{"role": "user", "content": "hello"}]
 
 
-def write_minimal(folder: Path, runtime: Literal["torch", "onnx_genai"]) -> None:
-    """Write a minimal model for a runtime into an empty folder. Needs torch and transformers, or onnx."""
+def write_minimal(folder: Path, runtime: Literal["torch", "onnx_genai", "llama_cpp"]) -> None:
+    """Write a minimal model for a runtime into an empty folder. Needs torch and transformers, or onnx, or gguf."""
+    if runtime == "llama_cpp":
+        _write_gguf(folder)
+        return
     _write_tokenizer(folder)
     if runtime == "torch":
         _write_torch(folder)
@@ -161,3 +164,44 @@ def _write_onnx(folder: Path) -> None:
     head_of = {"context_length": CONTEXT, "eos_token_id": END, "pad_token_id": 0, "vocab_size": VOCABULARY}
     search = {"max_length": CONTEXT, "do_sample": False, "past_present_share_buffer": True}
     _dump(folder / "genai_config.json", {"model": {"type": "llama", "decoder": decoder, **head_of}, "search": search})
+
+
+def _write_gguf(folder: Path) -> None:
+    import gguf
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_context_length(CONTEXT)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*SPECIAL, *byte_alphabet()])
+    writer.add_token_types([int(gguf.TokenType.CONTROL)] * len(SPECIAL) + [int(gguf.TokenType.NORMAL)] * 256)
+    writer.add_token_merges(["▁ ▁"])  # none: a list is never empty there
+    writer.add_eos_token_id(END)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones(HIDDEN, np.float32))
+    kind = gguf.GGMLQuantizationType.Q4_0
+    shapes = {f"blk.0.{name}": (HIDDEN, HIDDEN) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes |= {f"blk.0.{name}": (FFN, HIDDEN) for name in ("ffn_gate", "ffn_up")}
+    shapes |= {"blk.0.ffn_down": (HIDDEN, FFN), "token_embd": (VOCABULARY, HIDDEN)}
+    for name, shape in shapes.items():
+        values = rng.normal(0, 0.1, shape).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slmops.core.example import Example
-from slmops.errors import ModelError
+from slmops.errors import DataError, ModelError
+from slmops.store.rows import read_examples
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
@@ -46,3 +48,29 @@ def rendered(tokenizer: Any, example: Example) -> tuple[str, str]:
         if rest.rstrip().endswith(end) and answer.strip() in rest:
             return prompt, rest.rstrip()
     return prompt, answer + end
+
+
+def calibration(
+    tokenizer: Any, inputs: Mapping[str, Path], files: Sequence[str], count: int, longest: int
+) -> list[list[int]]:
+    """Token ids of the texts that a quantiser looks at: prompts with their answers, as a model reads them.
+
+    Args:
+        files: of examples, as `input/file`; of all of them the `count` with the smallest ids are taken.
+        longest: most tokens of a text; the rest of a longer one is left out.
+
+    Raises:
+        DataError: there is no example.
+    """
+    found: dict[tuple[str, str], Example] = {}
+    for entry in files:
+        name, _, file = entry.partition("/")
+        found |= {(example.id, example.answer or ""): example for example in read_examples(inputs[name] / file)}
+    if not found:
+        raise DataError("there is no example to calibrate on", f"the files are: {', '.join(files)}")
+    ids = []
+    for key in sorted(found)[:count]:
+        parts = rendered(tokenizer, found[key])[: 1 if found[key].answer is None else 2]
+        encoded = tokenizer(list(parts), add_special_tokens=False)["input_ids"]
+        ids.append([id for part in encoded for id in part][:longest])
+    return ids

@@ -49,6 +49,8 @@ def role(variant: str) -> str:
 def runtime(variant: str) -> str:
     """What ran a variant, from its name."""
     last = variant.rpartition("-")[2]
+    if "-gguf-" in variant:
+        return "llama.cpp"
     return last if last in ("torch", "endpoint") else "onnxruntime-genai"
 
 
@@ -64,6 +66,8 @@ def about(variant: str) -> str:
         "all": "the student without the teacher, on all gold labels",
     }.get(first, first)
     where = {"torch": "PyTorch, as trained", "endpoint": "remote, as served"}.get(form, f"{SAME_RUNTIME}, {form}")
+    if form.startswith("gguf-"):
+        where = f"llama.cpp, {form.removeprefix('gguf-')}"
     return f"{who}; {where}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from slmops.errors import DataError
 
 NOT_SHIPPED = ("fidelity.json", "training.json")
-MODEL_FILES = (".onnx", ".onnx.data")
+MODEL_FILES = (".onnx", ".onnx.data", ".gguf")
 
 
 @dataclass(frozen=True)

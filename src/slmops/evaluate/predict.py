@@ -40,7 +40,7 @@ class Params(BaseParams):
     `guided`: the task, for a model that is told it in words, with `shots` gold examples before each question.
     """
 
-    runtime: Literal["auto", "torch", "onnx_genai"] = "auto"
+    runtime: Literal["auto", "torch", "onnx_genai", "llama_cpp"] = "auto"
     adapter: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     max_examples: Annotated[int, Field(ge=1)] | None = None

@@ -6,7 +6,7 @@
 Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
 `few` and `all` are the student without the teacher, on its few gold labels and on all of them; `whole` is the student before
 its vocabulary was trimmed (`student-trimmed`), `nearest` before its weights were rounded by calibration (`student-rounded`),
-where `compress` asks for that. Adapters of further tasks
+where `compress` asks for that; `student-gguf-TYPE`: what `convert.also` asks for. Adapters of further tasks
 are planned by `slmops.flow.adapters`.
 """
 
@@ -248,6 +248,7 @@ class _Builder:
         self.spec = spec
         self.steps: list[Step] = []
         self.taught: tuple[list[str], dict[str, str]] = ([], {})
+        self.texts: tuple[list[str], dict[str, str]] = ([], {})
         self.others: dict[str, float] = {}
         self.shipped = f"student-{spec.convert.precision}"
 
@@ -293,7 +294,9 @@ class _Builder:
 
     def _fetch(self, id: str, base: str, runtime: str | None = "onnx_genai") -> str:
         local = not _is_hub(base)
-        params = {"model": PurePosixPath(base).name if local else base, "runtime": runtime}
+        params: dict[str, Any] = {"model": PurePosixPath(base).name if local else base, "runtime": runtime}
+        if id == "student-base" and self.spec.convert.also:
+            params["gguf"] = True
         about = "check the model folder" if local else f"get {base[3:]}"
         return self.add(id, "catalog.fetch", params, about, sources={"model": base} if local else {}, threads=1)
 
@@ -524,6 +527,7 @@ class _Builder:
         compress = self.spec.compress
         texts = [*files, "data/pool.jsonl"]
         inputs = {name: step for name, step in taught.items() if name in ("data", "synthetic", "augmented")}
+        self.texts = texts, inputs
         if compress.vocabulary == "seen":
             params: dict[str, Any] = {"files": texts, "at_least": compress.vocabulary_at_least}
             about = "leave out the tokens that the task has no use for"
@@ -545,7 +549,8 @@ class _Builder:
         if model == "student" and precision == "int4" and self.spec.compress.quantization != "none":
             trained = ROUNDED
         convert = _json(self.spec.convert)
-        convert.pop("format")
+        for other in ("format", "also", "importance"):
+            convert.pop(other)
         aware = self.spec.train.quantization_aware != "off" and model != "teacher"
         rounding = convert["rounding"] or ("plain" if aware or trained == ROUNDED else "search")
         params = convert | {"precision": precision, "rounding": rounding}
@@ -559,6 +564,24 @@ class _Builder:
             {"model": trained, "data": "data"},
             threads=threads,
             seed=0,
+        )
+
+    def _gguf(self, form: str) -> str:
+        """`student-gguf-TYPE`: as an int4 student where its weights lie on that grid already."""
+        convert, kind = self.spec.convert, form.removeprefix("gguf-")
+        given = (
+            ROUNDED
+            if kind == "q4_0" and self.spec.compress.quantization != "none" and convert.block_size == 32
+            else finished(self.spec)
+        )
+        weighed = convert.importance and given != ROUNDED and kind not in ("fp32", "fp16", "bf16", "q8_0")
+        params = {
+            "precision": kind, "files": self.texts[0] if weighed else [], "examples": self.spec.compress.calibration_examples,
+            "fidelity_prompts": convert.fidelity_prompts, "min_token_agreement": convert.min_token_agreement,
+        }  # fmt: skip
+        inputs = {"model": given, "data": "data"} | (self.texts[1] if weighed else {})
+        return self.add(
+            f"student-{form}", "convert.gguf", params, f"student to GGUF, {kind}", inputs, threads=1, seed=0
         )
 
     def _told(self, variant: str) -> dict[str, Any]:
@@ -577,6 +600,8 @@ class _Builder:
         models["student-fp32"] = (self._convert("student", "fp32"), "onnx_genai")
         if shipped != "student-fp32":
             models[shipped] = (self._convert("student", precision), "onnx_genai")
+        for form in spec.convert.also:
+            models[f"student-{form}"] = (self._gguf(form), "llama_cpp")
         if spec.compress.quantization != "none":
             models["nearest-int4"] = (self._convert("nearest", precision), "onnx_genai")
         if finished(spec) != "student":
@@ -589,8 +614,9 @@ class _Builder:
         for variant, (step, runtime) in models.items():
             size = self._teacher_threads() if variant.startswith("teacher") else 1
             seed = spec.seed if self._told(variant) else 0
+            method = "evaluate.predict_llama_cpp" if runtime == "llama_cpp" else "evaluate.predict"
             predictions[f"predictions.{variant}"] = self.add(
-                f"predict-{variant}", "evaluate.predict", judged | {"runtime": runtime} | self._told(variant),
+                f"predict-{variant}", method, judged | {"runtime": runtime} | self._told(variant),
                 f"{variant} on the test data",
                 {"model": step, "data": "data"}, threads=size, seed=seed,
             )  # fmt: skip

@@ -277,7 +277,8 @@ def export(state: State, result: Result) -> dict[str, Path]:
         made["adapters.json"] = _copy(scores, out / "adapters.json")
     shipped = finished(state.project.spec)
     student = shipped if shipped in result.outputs else "student"  # a run that was to end with the training
-    for name, step in (("student", student), ("bundle", "bundle"), ("adapters", "student-adapters")):
+    others = tuple((form, f"student-{form}") for form in state.project.spec.convert.also)
+    for name, step in (*others, ("student", student), ("bundle", "bundle"), ("adapters", "student-adapters")):
         if step in result.outputs:
             made[name] = _copy_folder(state.store.path(result.outputs[step]), out / name, result.outputs[step])
     return made

@@ -1,0 +1,145 @@
+"""Whether a converted model is the model that it was made from: the same tokens for the same prompts, measured at once.
+
+Prompts are of the validation split; both engines read the greedy answers of the first. A float32 model that does not agree is
+an error; rounded ones only report. `fidelity.json` keeps the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slmops.core.engine import Engine, Sampling
+from slmops.core.example import Example
+from slmops.errors import ConversionError
+from slmops.store.rows import read_examples
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CONTINUATION = 32
+"""Tokens of each greedy answer that are compared."""
+
+
+def choose(data: Path, count: int) -> list[Example]:
+    """`count` validation prompts, those with the smallest ids; never test prompts.
+
+    Raises:
+        ConversionError: there is no validation prompt.
+    """
+    examples = {example.id: example for example in read_examples(data / "validation.jsonl")}
+    if not examples:
+        raise ConversionError(
+            "there are no validation prompts to check the conversion on", "set data.splits.validation"
+        )
+    return [examples[key] for key in sorted(examples)[:count]]
+
+
+def compare(reference: Engine, converted: Engine, examples: Sequence[Example], on_done: Any = None) -> dict[str, Any]:
+    """Agreement of two engines along the greedy answers of the first.
+
+    Returns:
+        `prompts`, `positions`, `token_agreement` (share of positions with the same most likely token), `mean_kl`
+        (nats), `max_logit_difference`, `template_equal` (share of prompts with equal token ids), `skipped` (prompts
+        that leave no room in the context), and for the first that differs `first_divergence` or `first_template_difference`.
+    """
+    import numpy as np
+
+    positions = agreed = templates = skipped = 0
+    divergence = largest = 0.0
+    first: dict[str, Any] | None = None
+    first_template: dict[str, Any] | None = None
+    prompts = [reference.encode(example.prompt_messages()) for example in examples]
+    fitting = [ids for ids in prompts if len(ids) < reference.context_length]
+    answers = iter(reference.generate(fitting, Sampling(max_new_tokens=CONTINUATION)))
+    for example, ids in zip(examples, prompts, strict=True):
+        other = converted.encode(example.prompt_messages())
+        templates += ids == other
+        if ids != other and first_template is None:
+            first_template = {"id": example.id, "reference": ids, "converted": other}
+        if len(ids) >= reference.context_length:
+            skipped += 1
+        else:
+            whole = [*ids, *next(answers).tokens[:-1]]
+            start = len(ids) - 1
+            a, b = _rows(reference, whole, start), _rows(converted, whole, start)
+            wanted, got = a.argmax(-1), b.argmax(-1)
+            positions += len(a)
+            agreed += int((wanted == got).sum())
+            p, q = _log_softmax(a), _log_softmax(b)
+            divergence += float((np.exp(p) * (p - q)).sum())
+            largest = max(largest, float(np.abs(a - b).max()))
+            if first is None and (wanted != got).any():
+                step = int((wanted != got).argmax())
+                first = {
+                    "id": example.id,
+                    "step": step,
+                    "reference": reference.decode([int(wanted[step])]),
+                    "converted": reference.decode([int(got[step])]),
+                }
+        if on_done:
+            on_done(1)
+    return {
+        "prompts": len(examples),
+        "skipped": skipped,
+        "positions": positions,
+        "token_agreement": agreed / positions if positions else None,
+        "mean_kl": round(max(divergence / positions, 0.0), 9) if positions else None,
+        "max_logit_difference": round(largest, 6),
+        "template_equal": templates / len(examples),
+        "first_divergence": first,
+        "first_template_difference": first_template,
+    }
+
+
+def write(found: dict[str, Any], precision: str, out: Path) -> None:
+    """Write fidelity.json, with the precision of the converted model."""
+    found["precision"] = precision
+    (out / "fidelity.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def judge(found: Mapping[str, Any], precision: str, least: float) -> None:
+    """Refuse a conversion that is wrong, as opposed to rounded.
+
+    Args:
+        least: share of equal next tokens that a float32 model must reach.
+
+    Raises:
+        ConversionError: token ids differ, no prompt fits, or a float32 model agrees less than it must.
+    """
+    if found["template_equal"] < 1.0:
+        where = found["first_template_difference"]
+        raise ConversionError(
+            f"the runtime's tokenizer or chat template gives other token ids than transformers for prompt {where['id']}: "
+            f"{where['converted'][:12]} instead of {where['reference'][:12]}",
+            "the runtime knows no normaliser and only plain Jinja templates; remove the normaliser from tokenizer.json",
+        )
+    if not found["positions"]:
+        raise ConversionError("every validation prompt is longer than the context", "train with a longer context")
+    if precision == "fp32" and found["token_agreement"] < least:
+        where = found["first_divergence"]
+        raise ConversionError(
+            f"the converted model agrees with PyTorch on {found['token_agreement']:.2%} of next tokens, less than "
+            f"{least:.2%}; first at prompt {where['id']}, token {where['step']}: "
+            f"{where['converted']!r} instead of {where['reference']!r}",
+            "the architecture may have a feature that the builder does not know; see fidelity.json",
+        )
+
+
+def _rows(engine: Any, ids: list[int], start: int) -> NDArray[np.float64]:
+    """Logits from position `start` on, float64 (len(ids) - start, vocabulary)."""
+    import numpy as np
+
+    rows: NDArray[np.float64] = np.asarray(engine.logits(ids, start), np.float64)
+    return rows
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
