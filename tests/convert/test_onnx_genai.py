@@ -41,23 +41,40 @@ def test_fp32_is_the_model_that_torch_runs(fp32: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [1, onnx_genai.ACCURACY_LEVEL], ids=["float activations", "as shipped"])
-@pytest.mark.parametrize(("precision", "block"), [("int4", 16), ("int4", 32), ("int4", 128), ("int8", 32)])
+@pytest.mark.parametrize(
+    ("precision", "block", "table", "tied"),
+    [
+        ("int4", 16, None, True), ("int4", 32, None, True), ("int4", 128, None, True), ("int8", 32, None, True),
+        ("int4", 32, "int8", True), ("int4", 32, "int8", False),
+    ],
+)  # fmt: skip
 def test_rounded_model_is_torch_with_rounded_weights(
-    llama: Path, data: Path, tmp_path: Path, precision: str, block: int, level: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    make_model: Callable[..., Path], data: Path, tmp_path: Path, precision: str, block: int, table: str | None, tied: bool,
+    level: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Torch with every matrix rounded by the written rule gives the logits of the converted model."""
     import torch
 
     monkeypatch.setattr(onnx_genai, "ACCURACY_LEVEL", level)
-    facts = convert(llama, data, tmp_path / "out", precision=precision, block_size=block, rounding="plain")
+    llama = make_model("Llama", tie_word_embeddings=tied)
+    facts = convert(
+        llama,
+        data,
+        tmp_path / "out",
+        precision=precision,
+        block_size=block,
+        rounding="plain",
+        embedding_precision=table,
+    )
     assert not facts["kept_fp32"], "every product and the embedding must be rounded"
     reference = open_engine(llama, kind="torch")
     model = reference.model  # type: ignore[attr-defined]
     bits = 4 if precision == "int4" else 8
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                parameter.copy_(torch.from_numpy(round_matrix(parameter.numpy(), bits, block).values()))
+                own = 8 if table == "int8" and ("embed" in name or "lm_head" in name) else bits
+                parameter.copy_(torch.from_numpy(round_matrix(parameter.numpy(), own, block).values()))
     converted = open_engine(tmp_path / "out")
     ids = converted.encode([{"role": "user", "content": "is this the same?"}])
     a, b = reference.logits(ids), converted.logits(ids)

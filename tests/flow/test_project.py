@@ -142,6 +142,8 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
         (["compress.quantization=gptq", "convert.precision=int8"], "compress.quantization"),
         (["compress.quantization=gptq", "train.quantization_aware=int4"], "compress.quantization"),
         (["compress.quantization=gptq", "convert.rounding=search"], "convert.rounding"),
+        (["convert.embedding_precision=int8", "convert.precision=fp32"], "convert.embedding_precision"),
+        (["convert.embedding_precision=int8", "train.quantization_aware=int4"], "convert.embedding_precision"),
         (["compress.vocabulary_at_least=900"], "compress.vocabulary_at_least"),
         (["train.method=dpo", "data={path: rows.jsonl, format: alpaca}"], "data.format"),
         (["train.method=orpo"], "data.columns.rejected"),

@@ -44,11 +44,13 @@ class Params(BaseParams):
 
     `rounding`: `search` looks for the scale with the least squared error in every group; `plain` applies the very rule
     that quantisation-aware training rounds by, so it suits models trained that way with the same block size.
+    `embedding_precision`: of the embedding's table and of the output matrix, where they are not rounded as all else.
     """
 
     precision: Literal["fp32", "int8", "int4"] = "int4"
     block_size: Literal[16, 32, 64, 128] = 32
     rounding: Literal["search", "plain"] = "search"
+    embedding_precision: Literal["int8", "int4"] | None = None
     fidelity_prompts: Annotated[int, Field(ge=1)] = 32
     min_token_agreement: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
 
@@ -180,6 +182,7 @@ def write(
         block_size=params.block_size,
         accuracy_level=ACCURACY_LEVEL,
         search=params.rounding == "search",
+        table_bits=BITS[params.embedding_precision] if params.embedding_precision else None,
     )
     onnx.save_model(
         model, out / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=1024

@@ -30,8 +30,19 @@ class Rewrite:
     rotary_computed: bool = False
 
 
-def rewrite(model: Any, *, bits: int | None, block_size: int, accuracy_level: int, search: bool = True) -> Rewrite:
+def rewrite(
+    model: Any,
+    *,
+    bits: int | None,
+    block_size: int,
+    accuracy_level: int,
+    search: bool = True,
+    table_bits: int | None = None,
+) -> Rewrite:
     """Rewrite an `onnx.ModelProto` in place. `bits` None leaves the weights as they are.
+
+    Args:
+        table_bits: of the embedding's table and of the output matrix; default: `bits`.
 
     Raises:
         ConversionError: the graph has no product that can be rounded, though `bits` asks for it.
@@ -40,7 +51,7 @@ def rewrite(model: Any, *, bits: int | None, block_size: int, accuracy_level: in
     report = Rewrite()
     _constants_to_initialisers(graph)
     if bits is not None:
-        _round_weights(graph, bits, block_size, accuracy_level, search, report)
+        _round_weights(graph, bits, table_bits or bits, block_size, accuracy_level, search, report)
         if not report.rounded:
             raise ConversionError("the graph has no weight that can be rounded", "use convert.precision: fp32")
     report.rotary_computed = _compute_rotary(graph)
@@ -57,7 +68,9 @@ def _constants_to_initialisers(graph: Any) -> None:
         graph.node.remove(node)
 
 
-def _round_weights(graph: Any, bits: int, block_size: int, accuracy_level: int, search: bool, report: Rewrite) -> None:
+def _round_weights(
+    graph: Any, layer_bits: int, table_bits: int, block_size: int, accuracy_level: int, search: bool, report: Rewrite
+) -> None:
     import numpy as np
     from onnx import helper, numpy_helper
 
@@ -65,11 +78,16 @@ def _round_weights(graph: Any, bits: int, block_size: int, accuracy_level: int, 
     makers = {name: node for node in graph.node for name in node.output}
     done: dict[str, tuple[str, str, int]] = {}
     nodes: list[Any] = []
+    tables = [_table(node.input[0], tensors, makers) for node in graph.node if node.op_type == "Gather"]
+    vocabularies = {found[1].shape[0] for found in tables if found is not None}
+
+    def bits_of(matrix: Any) -> int:
+        return table_bits if matrix.shape[0] in vocabularies else layer_bits
 
     def store(name: str, matrix: Any) -> tuple[str, str, int]:
         """Round a matrix (out, in) once; returns the names of codes and scales, and the padded width."""
         if name not in done:
-            rounded = round_matrix(matrix, bits, block_size, search=search)
+            rounded = round_matrix(matrix, bits_of(matrix), block_size, search=search)
             codes, half, wide = f"{name}/q", f"{name}/h", f"{name}/s"
             graph.initializer.append(numpy_helper.from_array(rounded.packed(), codes))
             graph.initializer.append(numpy_helper.from_array(rounded.scales, half))
@@ -89,7 +107,7 @@ def _round_weights(graph: Any, bits: int, block_size: int, accuracy_level: int, 
                     domain="com.microsoft",
                     K=matrix.shape[1],
                     N=matrix.shape[0],
-                    bits=bits,
+                    bits=bits_of(matrix),
                     block_size=block_size,
                     accuracy_level=accuracy_level,
                 )
@@ -100,7 +118,9 @@ def _round_weights(graph: Any, bits: int, block_size: int, accuracy_level: int, 
             codes, scales, padded = store(name, matrix)
             rows, columns = matrix.shape
             shape, flat = f"{name}/shape", f"{name}/flat"
-            graph.initializer.append(numpy_helper.from_array(np.array([rows, padded * bits // 8], np.int64), shape))
+            graph.initializer.append(
+                numpy_helper.from_array(np.array([rows, padded * bits_of(matrix) // 8], np.int64), shape)
+            )
             nodes.append(helper.make_node("Reshape", [codes, shape], [flat]))
             out = node.output[0] if padded == columns else f"{name}/padded"
             nodes.append(
@@ -109,7 +129,7 @@ def _round_weights(graph: Any, bits: int, block_size: int, accuracy_level: int, 
                     [flat, node.input[1], scales],
                     [out],
                     domain="com.microsoft",
-                    bits=bits,
+                    bits=bits_of(matrix),
                     block_size=block_size,
                     gather_axis=0,
                     quantize_axis=1,

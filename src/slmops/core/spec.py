@@ -453,6 +453,10 @@ class Convert(Value):
         description="quantised types of GGUF: weigh errors by what training examples make of them (importance matrix)",
     )
     block_size: Literal[16, 32, 64, 128] = 32
+    embedding_precision: Literal["int8", "int4"] | None = Field(
+        None,
+        description="of the token embedding and the output matrix; default: `precision`. int8 beside int4 loses less, in a larger file",
+    )
     fidelity_prompts: Positive = 32
     rounding: Literal["search", "plain"] | None = Field(
         None,

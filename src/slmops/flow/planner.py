@@ -163,6 +163,13 @@ def check(spec: Spec) -> list[Problem]:
         )
     if spec.compress.quantization != "none" and spec.convert.rounding == "search":
         wrong("convert.rounding", "would look for scales that compress.quantization has found", "take it out")
+    if spec.convert.embedding_precision not in (None, spec.convert.precision):
+        if spec.convert.precision != "int4":
+            wrong("convert.embedding_precision", f"is {spec.convert.embedding_precision} in a model in {spec.convert.precision}",
+                  "use `precision: int4`, or take it out")  # fmt: skip
+        elif spec.train.quantization_aware == "int4":
+            wrong("convert.embedding_precision", "is not what train.quantization_aware trains for, which is int4 throughout",
+                  "take one of them out")  # fmt: skip
     if spec.convert.precision == "fp32" and spec.train.quantization_aware != "off":
         wrong("train.quantization_aware", "is set, but the result is fp32", "use `convert: {precision: int4}`")
     if spec.train.quantization_aware == "int4" and spec.train.block_size != spec.convert.block_size:
@@ -553,6 +560,8 @@ class _Builder:
             convert.pop(other)
         aware = self.spec.train.quantization_aware != "off" and model != "teacher"
         rounding = convert["rounding"] or ("plain" if aware or trained == ROUNDED else "search")
+        if precision != "int4" or convert["embedding_precision"] in (None, "int4"):
+            convert.pop("embedding_precision")  # as all else
         params = convert | {"precision": precision, "rounding": rounding}
         threads = 1
         about = f"{model} to ONNX Runtime GenAI, {precision}"
