@@ -102,6 +102,9 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
     assert steps["student-rounded"].inputs["model"] == steps["nearest-int4"].inputs["model"] == "student-trimmed"
     assert steps["student-fp32"].inputs["model"] == "student-trimmed"
     assert steps["whole-int4"].inputs["model"] == "student"
+    assert steps["student-gguf-q4_0"].inputs["model"] == "student-rounded"
+    assert steps["student-gguf-q8_0"].inputs["model"] == "student-trimmed"
+    assert steps["student-int4"].params["embedding_precision"] == "int8"
     assert steps["student-int4"].params["rounding"] == "plain" and steps["nearest-int4"].params["rounding"] == "search"
 
 
