@@ -13,13 +13,17 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are picked. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch those filters off."""
+    """How tokens are picked. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch those filters off.
+
+    `ignore_end` goes on to `max_new_tokens`, for measuring. Remote endpoints and samples do not know it.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    ignore_end: bool = False
 
 
 @dataclass(frozen=True)

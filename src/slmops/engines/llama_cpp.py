@@ -170,7 +170,7 @@ class LlamaCppEngine:
         while True:
             tokens.append(_pick(row, sampling, random))
             first = first or time.perf_counter() - started
-            if len(tokens) == room or tokens[-1] in self.end_ids:
+            if len(tokens) == room or (tokens[-1] in self.end_ids and not sampling.ignore_end):
                 break
             row = self._feed(tokens[-1:], len(prompt) + len(tokens) - 1)[-1]
         total = time.perf_counter() - started

@@ -71,7 +71,9 @@ def _write_tokenizer(folder: Path) -> None:
 def _write_torch(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=1, intermediate_size=FFN,
         num_attention_heads=HEADS, max_position_embeddings=CONTEXT, tie_word_embeddings=True,

@@ -57,6 +57,7 @@ class GenaiEngine:
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         self._special = special_ids(folder / "tokenizer.json") | self.end_ids
         self._generator: Any = None
+        self._endless = False
         self._length = 0
         self._adapters: Any = None
         self._loaded: set[str] = set()
@@ -114,7 +115,7 @@ class GenaiEngine:
         started = clock()
         room = min(sampling.max_new_tokens, self.context_length - len(prompt))
         if sampling.temperature == 0:
-            generator = self._ready(len(prompt) + room)
+            generator = self._ready(len(prompt) + room, sampling.ignore_end)
         else:
             generator = self._sampler(len(prompt) + room, sampling, index)
         advance, done = generator.generate_next_token, generator.is_done
@@ -132,13 +133,19 @@ class GenaiEngine:
             tokens = (*tokens, int(generator.get_next_tokens()[0]))
         return Generation(self.decode(tokens), tokens, tokens[-1] in self.end_ids, first, total)
 
-    def _ready(self, length: int) -> Any:
-        """The greedy generator at position 0, with room for `length` tokens; its cache grows by powers of two."""
-        if self._generator is None or length > self._length:
-            self._generator = None
+    def _ready(self, length: int, endless: bool = False) -> Any:
+        """The greedy generator at position 0, with room for `length` tokens; its cache grows by powers of two.
+
+        Args:
+            endless: it never picks an end token.
+        """
+        if self._generator is None or length > self._length or endless != self._endless:
+            self._generator, self._endless = None, endless
             self._length = min(self.context_length, max(64, 1 << (length - 1).bit_length()))
             params = self._og.GeneratorParams(self._model)
-            params.set_search_options(max_length=self._length, do_sample=False, num_beams=1, min_length=0)
+            params.set_search_options(
+                max_length=self._length, do_sample=False, num_beams=1, min_length=self._length if endless else 0
+            )
             self._generator = self._new(params)
         else:
             self._generator.rewind_to(0)

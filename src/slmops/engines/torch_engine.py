@@ -118,7 +118,7 @@ class TorchEngine:
                     logprobs[index] += score
                     ends[index] = now
                     finished[index] = token in self.end_ids
-                    if not finished[index]:
+                    if not finished[index] or sampling.ignore_end:
                         stay.append(row)
                 if not stay:
                     break

@@ -3,6 +3,9 @@
 `python -m slmops.engines.worker JOB.json RESULT.json`. The job names the model folder, its runtime, the threads, the
 prompts (lists of messages), how many new tokens, and how many warm-up answers to throw away; the result holds seconds
 per prompt, tokens per prompt, seconds to load, and peak resident bytes after the imports and at the end.
+
+A job with `prompt_tokens` instead of prompts is for speed alone (`slmops bench`): for each of these lengths, `repeats`
+answers of exactly `max_new_tokens` to a made-up text, and the energy of all answers where the processor tells it.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slmops.core.engine import Sampling
+from slmops.core.engine import Engine, Sampling
 from slmops.engines import open_engine
-from slmops.errors import SlmopsError
+from slmops.errors import ModelError, SlmopsError
 
 LIBRARIES = {
     "torch": ("torch", "transformers"),
@@ -42,8 +45,78 @@ def peak_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
+RAPL = Path("/sys/class/powercap")
+WORDS = (
+    "the",
+    "parcel",
+    "has",
+    "not",
+    "come",
+    "yet",
+    "and",
+    "I",
+    "want",
+    "my",
+    "money",
+    "back",
+    "please",
+    "7",
+    "days",
+    "later",
+)
+
+
+def energy(root: Path = RAPL) -> float | None:
+    """Joules that the processor packages have used since some time in the past; None where nobody may read it (RAPL)."""
+    try:
+        files = [path / "energy_uj" for path in sorted(root.glob("intel-rapl:*")) if path.name.count(":") == 1]
+        return sum(int(file.read_text()) for file in files) / 1e6 if files else None
+    except (OSError, ValueError):
+        return None
+
+
+def passage(engine: Engine, length: int) -> list[int]:
+    """The first `length` tokens of a conversation with a long made-up message."""
+    text = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(length))
+    ids = engine.encode([{"role": "user", "content": text}])
+    while len(ids) < length:
+        ids = [*ids, *ids]
+    return ids[:length]
+
+
+def speed(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job with `prompt_tokens`; see the module. Lists are by length, then by repeat."""
+    for library in LIBRARIES[job["runtime"]]:
+        importlib.import_module(library)
+    started = time.perf_counter()
+    engine = open_engine(Path(job["folder"]), threads=job["threads"], kind=job["runtime"])
+    loaded = time.perf_counter() - started
+    longest = max(job["prompt_tokens"]) + job["max_new_tokens"]
+    if engine.context_length < longest:
+        raise ModelError(
+            f"the context of {job['folder']} holds {engine.context_length} tokens, {longest} are asked for",
+            "ask for shorter prompts or answers",
+        )
+    sampling = Sampling(max_new_tokens=job["max_new_tokens"], ignore_end=True)
+    prompts = [passage(engine, length) for length in job["prompt_tokens"]]
+    for _ in range(job["warmup"]):
+        engine.generate(prompts[-1:], sampling)
+    before = energy()
+    answers = [[engine.generate([ids], sampling)[0] for _ in range(job["repeats"])] for ids in prompts]
+    after = energy()
+    return {
+        "first_token_s": [[answer.first_token_s for answer in same] for same in answers],
+        "total_s": [[answer.total_s for answer in same] for same in answers],
+        "tokens": [[len(answer.tokens) for answer in same] for same in answers],
+        "load_s": loaded, "peak_bytes": peak_bytes(),
+        "joules": after - before if before is not None and after is not None and after >= before else None,
+    }  # fmt: skip
+
+
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job; see the module."""
+    if "prompt_tokens" in job:
+        return speed(job)
     for library in LIBRARIES[job["runtime"]]:
         importlib.import_module(library)
     imported = peak_bytes()
