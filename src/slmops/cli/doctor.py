@@ -70,7 +70,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tensorboard": ("tracking in TensorBoard", ("tensorboard",)),
     "mlflow": ("tracking in MLflow", ("mlflow-skinny", "sqlalchemy", "alembic")),
     "ray": ("steps on a Ray cluster", ("ray",)),
-    "llamacpp": ("running GGUF, compiled here", ("llama-cpp-python",)),
+    "llamacpp": ("GGUF in fewer bits, running GGUF; compiled here", ("llama-cpp-python", "gguf")),
 }
 FEW = ("ray", "llamacpp")
 """Large extras that only some users want: they are missed only by those."""
