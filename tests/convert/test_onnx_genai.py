@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from slmops.convert import onnx_genai
-from slmops.convert.fidelity import choose, judge
 from slmops.convert.onnx_genai import Params, supported
 from slmops.convert.rounding import round_matrix
 from slmops.core.digest import digest_file
 from slmops.core.method import Context
 from slmops.engines import open_engine
+from slmops.engines.fidelity import choose, judge
 from slmops.errors import ConversionError
 
 

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from slmops.convert import fidelity, gguf_names, gguf_quantize, gguf_vocabulary
+from slmops.convert import gguf_names, gguf_quantize, gguf_vocabulary
 from slmops.convert.importance import mean_squares
 from slmops.core import runtimes
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.core.spec import Positive
-from slmops.engines import detect, open_engine, read_json
+from slmops.engines import detect, fidelity, read_json
 from slmops.errors import ConversionError, ModelError
 
 if TYPE_CHECKING:
@@ -106,15 +106,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     else:
         facts = _quantized(params, inputs, out, ctx)
     if examples:
-        reference = open_engine(source, threads=1, kind="torch")
-        converted = open_engine(out, threads=1, kind="llama_cpp")
-        ctx.progress.start("checking against PyTorch", len(examples), "prompts")
-        found = fidelity.compare(reference, converted, examples, on_done=ctx.progress.advance)
-        ctx.progress.stop()
-        reference.close()
-        converted.close()
-        fidelity.write(found, params.precision, out)
-        fidelity.judge(found, params.precision, params.min_token_agreement)
+        found = fidelity.check(source, out, examples, params.precision, params.min_token_agreement, ctx)
         facts |= {"token_agreement": found["token_agreement"], "mean_kl": found["mean_kl"]}
     return facts
 

@@ -61,8 +61,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     """
     import tempfile
 
-    from slmops.convert import fidelity, onnx_genai
-    from slmops.engines import detect, read_json
+    from slmops.convert import onnx_genai
+    from slmops.engines import detect, fidelity, read_json
 
     base = inputs["base"]
     config = read_json(base / "config.json")
@@ -238,8 +238,7 @@ def check(
     Raises:
         ConversionError: an fp32 conversion does not agree.
     """
-    from slmops.convert import fidelity
-    from slmops.engines import open_engine
+    from slmops.engines import fidelity, open_engine
     from slmops.engines.onnx_genai import GenaiEngine
 
     first = next(iter(examples))

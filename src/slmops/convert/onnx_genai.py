@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from slmops.convert import fidelity, onnx_gemma3
+from slmops.convert import onnx_gemma3
 from slmops.core import runtimes
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
@@ -70,7 +70,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     """Convert `inputs["model"]` into `out` and check it on validation prompts of `inputs["data"]`."""
     import tempfile
 
-    from slmops.engines import detect, open_engine, read_json
+    from slmops.engines import detect, fidelity, read_json
 
     source = inputs["model"]
     if detect(source) != "torch":
@@ -83,15 +83,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         build(source, Path(work))
         ctx.progress.stop()
         written = write(source, Path(work), out, params)
-    reference = open_engine(source, threads=1, kind="torch")
-    converted = open_engine(out, threads=1, kind="onnx_genai")
-    ctx.progress.start("checking against PyTorch", len(examples), "prompts")
-    found = fidelity.compare(reference, converted, examples, on_done=ctx.progress.advance)
-    ctx.progress.stop()
-    reference.close()
-    converted.close()
-    fidelity.write(found, params.precision, out)
-    fidelity.judge(found, params.precision, params.min_token_agreement)
+    found = fidelity.check(source, out, examples, params.precision, params.min_token_agreement, ctx)
     bytes_ = sum(f.stat().st_size for f in out.glob("model.onnx*"))
     return {
         "precision": params.precision,

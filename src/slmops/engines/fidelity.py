@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.core.engine import Engine, Sampling
 from slmops.core.example import Example
+from slmops.core.method import Context
 from slmops.errors import ConversionError
 from slmops.store.rows import read_examples
 
@@ -93,6 +94,35 @@ def compare(reference: Engine, converted: Engine, examples: Sequence[Example], o
         "first_divergence": first,
         "first_template_difference": first_template,
     }
+
+
+def check(
+    source: Path, out: Path, examples: Sequence[Example], precision: str, least: float, ctx: Context
+) -> dict[str, Any]:  # fmt: skip
+    """Compare a converted model with the one that it was made from, write fidelity.json into its folder, and judge.
+
+    Args:
+        source: the folder in Hugging Face form, run in torch.
+        out: the converted model's folder.
+        precision, least: see `judge`.
+
+    Returns:
+        See `compare`.
+
+    Raises:
+        ConversionError: see `judge`.
+    """
+    from slmops.engines import open_engine
+
+    reference, converted = open_engine(source, kind="torch"), open_engine(out)
+    ctx.progress.start("checking against PyTorch", len(examples), "prompts")
+    found = compare(reference, converted, examples, on_done=ctx.progress.advance)
+    ctx.progress.stop()
+    reference.close()
+    converted.close()
+    write(found, precision, out)
+    judge(found, precision, least)
+    return found
 
 
 def write(found: dict[str, Any], precision: str, out: Path) -> None:
