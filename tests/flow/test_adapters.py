@@ -11,6 +11,7 @@ import pytest
 
 from slmops.core.example import Example, Message
 from slmops.errors import SpecError
+from slmops.flow import methods
 from slmops.flow.project import load
 from tests import tiny
 from tests.train import bases
@@ -59,6 +60,16 @@ def test_the_plan(tmp_path: Path) -> None:
         "data.first_word": "data-first_word",
     }
     assert steps["predict-adapter-topic"].params["adapter"] == "topic"
+    assert not {"also", "importance", "format"} & set(steps["student-adapters"].params)
+    for step in steps.values():
+        methods.get(step.method).Params.model_validate(step.params, strict=False)
+    also = {step.id: step for step in load(write(tmp_path), ["convert.also=[gguf-fp16]"]).plan()}
+    assert also["student-adapters-gguf-fp16"].inputs == steps["student-adapters"].inputs
+    assert also["student-adapters-gguf-fp16"].params["base"] == "fp16"
+    assert also["predict-adapter-topic-gguf-fp16"].method == "evaluate.predict_llama_cpp"
+    assert also["adapters-gguf-fp16"].inputs["predictions.topic"] == "predict-adapter-topic-gguf-fp16"
+    for step in also.values():
+        methods.get(step.method).Params.model_validate(step.params, strict=False)
     alone = load(write(tmp_path, SPEC[: SPEC.index("adapters:")] + SPEC[SPEC.index("convert:") :])).plan()
     assert not [step.id for step in alone if "adapter" in step.id]
 
@@ -121,7 +132,13 @@ def test_the_guide_runs(tmp_path: Path) -> None:
             shell(text, tmp_path)
         elif kind == "python":
             subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, timeout=120)
-    scores = json.loads((tmp_path / "outputs" / "desk" / "adapters.json").read_text())
+    outputs = tmp_path / "outputs" / "desk"
+    agreed = json.loads((outputs / "adapters-gguf-fp16" / "fidelity.json").read_text())
+    assert list(agreed) == ["(none)", "first_word", "topic"]
+    assert all(found["token_agreement"] > 0.98 for found in agreed.values())
+    other = json.loads((outputs / "adapters-gguf-fp16.json").read_text())
+    scores = json.loads((outputs / "adapters.json").read_text())
+    assert other["topic"]["accuracy"]["value"] == pytest.approx(scores["topic"]["accuracy"]["value"], abs=0.06)
     assert list(scores["topic"]) == ["accuracy", "macro_f1"]
     assert scores["topic"]["accuracy"]["low"] > 0.25, scores  # better than guessing one of four labels
     assert scores["first_word"]["exact_match"]["low"] > 0.25, scores

@@ -145,8 +145,8 @@ def _print_end(report: dict[str, Any] | None, made: dict[str, Path]) -> None:
         if name in made:
             held = size(sum(p.stat().st_size for p in made[name].rglob("*") if p.is_file()))
             rows.append([name, f"{made[name]} ({held})"])
-    if "adapters.json" in made:
-        rows += [["adapters", str(made["adapters"])], *_adapter_rows(made["adapters.json"])]
+    for name in (name.removesuffix(".json") for name in made if name.startswith("adapters") and name.endswith(".json")):
+        rows += [[name, str(made[name])], *_adapter_rows(made[f"{name}.json"])]
     if rows:
         print("\n".join(columns(rows)))
 

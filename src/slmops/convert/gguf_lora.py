@@ -14,13 +14,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from slmops.convert import gguf as base_gguf
 from slmops.convert import gguf_names
 from slmops.core.digest import digest_file
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
+from slmops.core.spec import Positive
+from slmops.engines import fidelity, read_json
 from slmops.engines.adapters import ADAPTERS
 from slmops.errors import ConversionError
 from slmops.store import lora
@@ -29,9 +33,9 @@ DECLARATION = Declaration(
     name="convert.gguf_lora",
     version="2",
     makes="model",
-    takes={"base": "model", "adapter*": "model"},
-    extra="gguf",
-    packages=("gguf", "numpy", "safetensors"),
+    takes={"base": "model", "adapter*": "model", "data*": "dataset"},
+    extra="llamacpp",
+    packages=("gguf", "numpy", "safetensors", "llama-cpp-python", "torch", "transformers"),
 )
 
 BASE_DIGEST = "slmops.base"
@@ -42,26 +46,32 @@ class Params(BaseParams):
     """`precision` of the adapters' weights; `base`: that of the base's matrices, `none` to leave the base out."""
 
     precision: Literal["fp32", "fp16"] = "fp32"
-    base: Literal["none", "fp32", "fp16", "bf16", "q8_0"] = "fp16"
+    base: Literal["none"] | base_gguf.Precision | base_gguf.Quantized = "fp16"
+    fidelity_prompts: Positive = 32
+    min_token_agreement: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
     """Write `model.gguf`, `adapters/NAME.gguf` for every input `adapter.NAME`, and `adapters.json` with digests.
 
+    Where there is an input `data.NAME` for each, the base and every adapter are run in llama.cpp on its validation prompts and
+    compared with torch.
+
     Raises:
         ModelError: an adapter of another base, or one that is no plain low-rank adapter.
-        ConversionError: an architecture, a tokenizer or a layer that cannot be written.
-        MissingExtraError: `gguf` is not installed.
+        ConversionError: an architecture, a tokenizer or a layer that cannot be written, or llama.cpp does not agree with torch.
+        MissingExtraError: `gguf` is not installed, or llama.cpp where it is needed.
     """
-    from slmops.engines import read_json
-
     gguf_names.library()
     base = inputs["base"]
     config = read_json(base / "config.json")
-    folders = {name.partition(".")[2]: path for name, path in inputs.items() if name.startswith("adapter.")}
+    folders, data = lora.named(inputs, "adapter"), lora.named(inputs, "data")
+    examples = fidelity.choose_for(list(folders), data, params.fidelity_prompts) if data else {}
     adapters = lora.read_all(folders, base, plain="has no GGUF form")
     names = {name: tensor_names(adapter, config) for name, adapter in adapters.items()}
-    facts: Facts = {} if params.base == "none" else {"base": base_gguf.export(base, out, params.base, ctx)}
+    facts: Facts = {}
+    if params.base != "none":
+        facts["base"] = base_gguf.run(base_gguf.Params(precision=params.base), {"model": base}, out, ctx)
     (out / "adapters").mkdir()
     entries: dict[str, Any] = {}
     for name, adapter in adapters.items():
@@ -75,6 +85,9 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     manifest = {"base": lora.base_digest(base), "precision": params.precision, "adapters": entries}
     (out / ADAPTERS).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
     sizes = {name: (out / entry["file"]).stat().st_size for name, entry in entries.items()}
+    if examples and params.base != "none":
+        found = fidelity.check_adapters(base, folders, out, examples, params.base, params.min_token_agreement, ctx)
+        facts["token_agreement"] = {name: value["token_agreement"] for name, value in found.items()}
     return facts | {"adapters": len(entries), "bytes": sizes}
 
 

@@ -67,17 +67,13 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     base = inputs["base"]
     config = read_json(base / "config.json")
     onnx_genai.supported(config)
-    sources = named(inputs, "adapter")
+    sources = lora.named(inputs, "adapter")
     for source in (base, *sources.values()):
         if detect(source) != "torch":
             raise ConversionError(f"{source} is not a Hugging Face model", "give the models as training wrote them")
     adapters = lora.read_all(sources, base, plain="cannot be switched on beside the base")
     places = {name: split(adapter, config) for name, adapter in adapters.items()}
-    data = named(inputs, "data")
-    missing = sorted(set(adapters) - set(data))
-    if missing:
-        raise ConversionError(f"no prompts to check adapter {missing[0]} on", f"give the input data.{missing[0]}")
-    examples = {name: fidelity.choose(data[name], params.fidelity_prompts) for name in adapters}
+    examples = fidelity.choose_for(sorted(adapters), lora.named(inputs, "data"), params.fidelity_prompts)
     with tempfile.TemporaryDirectory(dir=ctx.scratch if ctx.scratch.is_dir() else None) as work:
         ctx.progress.start("building the graph")
         onnx_genai.build(base, Path(work), "fuse_qkv=false")
@@ -88,20 +84,15 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     entries = {name: write_adapter(adapter, places[name], out, name) for name, adapter in adapters.items()}
     manifest = {"base": next(iter(adapters.values())).base, "precision": params.precision, "adapters": entries}
     (out / ADAPTERS).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
-    agreed = check(params, {"": base} | sources, out, examples, ctx)
+    agreed = fidelity.check_adapters(base, sources, out, examples, params.precision, params.min_token_agreement, ctx)
     facts: Facts = {
         "precision": params.precision,
         "model_bytes": sum(f.stat().st_size for f in out.glob("model.onnx*")),
         "adapter_bytes": {n: (out / about["file"]).stat().st_size for n, about in entries.items()},
-        "token_agreement": {name or "(none)": found["token_agreement"] for name, found in agreed.items()},
-        "mean_kl": {name or "(none)": found["mean_kl"] for name, found in agreed.items()},
+        "token_agreement": {name: found["token_agreement"] for name, found in agreed.items()},
+        "mean_kl": {name: found["mean_kl"] for name, found in agreed.items()},
     }
     return facts | written
-
-
-def named(inputs: Mapping[str, Path], kind: str) -> dict[str, Path]:
-    """Inputs `kind.NAME` by name."""
-    return {name.partition(".")[2]: path for name, path in sorted(inputs.items()) if name.startswith(f"{kind}.")}
 
 
 Place = tuple[lora.Shape, tuple[str, slice]]
@@ -226,40 +217,3 @@ def write_adapter(adapter: lora.Adapter, places: Mapping[str, Place], out: Path,
         "scale": adapter.scale,
         "targets": list(adapter.targets),
     }
-
-
-def check(
-    params: Params, sources: Mapping[str, Path], out: Path, examples: Mapping[str, list[Any]], ctx: Context
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Compare the base (name "") and every adapter with PyTorch; write `fidelity.json`.
-
-    The base is asked the prompts of the first adapter.
-
-    Raises:
-        ConversionError: an fp32 conversion does not agree.
-    """
-    from slmops.engines import fidelity, open_engine
-    from slmops.engines.onnx_genai import GenaiEngine
-
-    first = next(iter(examples))
-    converted = GenaiEngine(out, threads=1)
-    found = {}
-    try:
-        for name, source in sources.items():
-            asked = examples[name or first]
-            converted.use(name or None)
-            reference = open_engine(source, threads=1, kind="torch")
-            ctx.progress.start(f"checking {name or 'the base'} against PyTorch", len(asked), "prompts")
-            found[name] = fidelity.compare(reference, converted, asked, on_done=ctx.progress.advance)
-            ctx.progress.stop()
-            reference.close()
-    finally:
-        converted.close()
-    text = json.dumps({name or "(none)": value for name, value in found.items()}, indent=2, ensure_ascii=False)
-    (out / "fidelity.json").write_text(text + "\n", "utf-8")
-    for name, value in found.items():
-        try:
-            fidelity.judge(value, params.precision, params.min_token_agreement)
-        except ConversionError as error:
-            raise ConversionError(f"{f'adapter {name}' if name else 'the base'}: {error.message}", error.hint) from None
-    return found

@@ -6,7 +6,7 @@ what the stages do with the values is in their own modules. Units are in the fie
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -465,6 +465,12 @@ class Convert(Value):
     min_token_agreement: Share = Field(
         0.99, description="an fp32 conversion whose next tokens agree less with torch is an error"
     )
+
+    def onnx(self, precision: Precision) -> dict[str, Any]:
+        """The parameters of a conversion to ONNX Runtime GenAI in a precision; `rounding` may still be open."""
+        mixed = precision == "int4" and self.embedding_precision == "int8"
+        left_out = {"format", "also", "importance"} | (set() if mixed else {"embedding_precision"})
+        return self.model_dump(mode="json", exclude=left_out) | {"precision": precision}
 
 
 Metric = Literal[

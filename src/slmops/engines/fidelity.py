@@ -125,6 +125,54 @@ def check(
     return found
 
 
+def choose_for(adapters: Sequence[str], data: Mapping[str, Path], count: int) -> dict[str, list[Example]]:
+    """For each adapter, prompts of its own dataset; see `choose`.
+
+    Raises:
+        ConversionError: an adapter has no dataset, or that no validation prompt.
+    """
+    missing = next((name for name in adapters if name not in data), None)
+    if missing is not None:
+        raise ConversionError(f"no prompts to check adapter {missing} on", f"give the input data.{missing}")
+    return {name: choose(data[name], count) for name in adapters}
+
+
+def check_adapters(
+    base: Path, adapters: Mapping[str, Path], out: Path, examples: Mapping[str, Sequence[Example]], precision: str, least: float,
+    ctx: Context,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The same as `check` for a base whose adapters are switched: the base, called `(none)`, and each adapter.
+
+    Args:
+        adapters: name to the folder in Hugging Face form in which it is merged into the base.
+        examples: by adapter; the base is asked those of the first.
+    """
+    from slmops.engines import open_engine
+
+    first = next(iter(examples))
+    converted: Any = open_engine(out)
+    found = {}
+    try:
+        for name, source in {"(none)": base, **adapters}.items():
+            asked = examples[first if name == "(none)" else name]
+            converted.use(None if name == "(none)" else name)
+            reference = open_engine(source, kind="torch")
+            ctx.progress.start(f"checking {name} against PyTorch", len(asked), "prompts")
+            found[name] = compare(reference, converted, asked, on_done=ctx.progress.advance)
+            ctx.progress.stop()
+            reference.close()
+    finally:
+        converted.close()
+    (out / "fidelity.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, value in found.items():
+        try:
+            judge(value, precision, least)
+        except ConversionError as error:
+            who = "the base" if name == "(none)" else f"adapter {name}"
+            raise ConversionError(f"{who}: {error.message}", error.hint) from None
+    return found
+
+
 def write(found: dict[str, Any], precision: str, out: Path) -> None:
     """Write fidelity.json, with the precision of the converted model."""
     found["precision"] = precision

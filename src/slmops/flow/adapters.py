@@ -2,6 +2,8 @@
 
 student-base ─┬─ adapter-NAME (on data-NAME) ─ … ─┬─ student-adapters ─ predict-adapter-NAME ─ adapters (scores)
               └───────────────────────────────────┘
+
+The same again for each form of `convert.also`, with its name behind: `student-adapters-gguf-fp16` and so on.
 """
 
 from __future__ import annotations
@@ -62,7 +64,6 @@ def check(spec: Spec) -> list[Problem]:
 
 def steps(spec: Spec, builder: Builder) -> None:
     """Add the steps to a plan that has `student-base` already."""
-    judged = {"max_new_tokens": spec.evaluate.max_new_tokens, "max_examples": spec.evaluate.max_examples}
     models = {"base": "student-base"}
     data, params = {}, dict[str, Any]()
     for name, one in spec.adapters.items():
@@ -81,22 +82,37 @@ def steps(spec: Spec, builder: Builder) -> None:
         }
         about = f"train adapter {name} ({train.tuning}) over the base"
         models[f"adapter.{name}"] = builder.add(f"adapter-{name}", "train.sft", params, about, inputs)
-    convert: dict[str, Any] = spec.convert.model_dump(mode="json")
-    convert.pop("format")
+    convert = spec.convert.onnx(spec.convert.precision)
     convert["rounding"] = convert["rounding"] or "search"
     about = f"the base and its adapters to ONNX Runtime GenAI, {spec.convert.precision}"
     builder.add("student-adapters", "convert.onnx_adapters", convert, about, models | data, seed=0, threads=1)
+    _judge(spec, builder, data, "", "evaluate.predict", "onnx_genai")
+    for form in spec.convert.also:
+        kind = form.removeprefix("gguf-")
+        params = {
+            "base": kind, "fidelity_prompts": spec.convert.fidelity_prompts, "min_token_agreement": spec.convert.min_token_agreement,
+        }  # fmt: skip
+        about = f"the base and its adapters to GGUF, {kind}"
+        builder.add(f"student-adapters-{form}", "convert.gguf_lora", params, about, models | data, seed=0, threads=1)
+        _judge(spec, builder, data, f"-{form}", "evaluate.predict_llama_cpp", "llama_cpp")
+
+
+def _judge(spec: Spec, builder: Builder, data: dict[str, str], form: str, method: str, runtime: str) -> None:
+    """Predictions of every adapter of `student-adapters` with this ending, and their scores."""
     predictions = {}
     for name in spec.adapters:
-        inputs = {"model": "student-adapters", "data": f"data-{name}"}
-        params = judged | {"runtime": "onnx_genai", "adapter": name}
+        inputs = {"model": f"student-adapters{form}", "data": f"data-{name}"}
+        params: dict[str, Any] = {
+            "max_new_tokens": spec.evaluate.max_new_tokens, "max_examples": spec.evaluate.max_examples, "runtime": runtime,
+            "adapter": name,
+        }  # fmt: skip
         about = f"adapter {name} on its test data"
         predictions[f"predictions.{name}"] = builder.add(
-            f"predict-adapter-{name}", "evaluate.predict", params, about, inputs, seed=0, threads=1
+            f"predict-adapter-{name}{form}", method, params, about, inputs, seed=0, threads=1
         )
     tasks = {name: (one.task or spec.task).model_dump(mode="json") for name, one in spec.adapters.items()}
     params = {"tasks": tasks, "confidence": spec.evaluate.confidence, "resamples": spec.evaluate.resamples}
-    builder.add("adapters", "evaluate.adapters", params, "scores of the adapters", predictions | data, threads=1)
+    builder.add(f"adapters{form}", "evaluate.adapters", params, "scores of the adapters", predictions | data, threads=1)
 
 
 def _train(spec: Spec, one: AdapterTask) -> Train:

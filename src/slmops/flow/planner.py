@@ -24,6 +24,7 @@ from slmops.core.spec import (
     Columns,
     Data,
     Gold,
+    Precision,
     Spec,
     Task,
     TokenizerSpec,
@@ -549,20 +550,16 @@ class _Builder:
             given = {"model": finished(self.spec)} | inputs
             self.add(ROUNDED, "compress.gptq", params, about, given, seed=0, threads=threads)
 
-    def _convert(self, model: str, precision: str) -> str:
+    def _convert(self, model: str, precision: Precision) -> str:
         """`MODEL-PRECISION`. Models: those that were trained, `student` compressed if that is asked for, `whole` with its whole
         vocabulary, `nearest` with its weights rounded each alone."""
         trained = {"whole": "student", "student": finished(self.spec), "nearest": finished(self.spec)}.get(model, model)
         if model == "student" and precision == "int4" and self.spec.compress.quantization != "none":
             trained = ROUNDED
-        convert = _json(self.spec.convert)
-        for other in ("format", "also", "importance"):
-            convert.pop(other)
+        convert = self.spec.convert.onnx(precision)
         aware = self.spec.train.quantization_aware != "off" and model != "teacher"
         rounding = convert["rounding"] or ("plain" if aware or trained == ROUNDED else "search")
-        if precision != "int4" or convert["embedding_precision"] in (None, "int4"):
-            convert.pop("embedding_precision")  # as all else
-        params = convert | {"precision": precision, "rounding": rounding}
+        params = convert | {"rounding": rounding}
         threads = 1
         about = f"{model} to ONNX Runtime GenAI, {precision}"
         return self.add(
