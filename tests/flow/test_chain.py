@@ -393,15 +393,18 @@ def test_other_precisions_ship(precision: str, finished: Finished) -> None:
     assert verify(finished.folder / "outputs" / precision / "bundle").precision == precision
 
 
-def test_sampled_prompts_without_any_gold(finished: Finished) -> None:
+@pytest.mark.parametrize("shards", [1, 2])
+def test_sampled_prompts_without_any_gold(shards: int, finished: Finished) -> None:
     data = {"path": "rows.jsonl", "teacher_share": 1.0, "gold": {"total": 0}}
     spec = YAML(typ="safe").load(tiny.SPEC)["teacher"]
     teacher = spec | {"train": spec["train"] | {"prompt_weight": 0.3}}
-    synthesize = {"label_pool": False, "generate": {"method": "sample", "count": 60, "max_new_tokens": 24}}
+    generate = {"method": "sample", "count": 60, "max_new_tokens": 24}
+    synthesize = {"label_pool": False, "generate": generate, "shards": shards}
     train = {"method": "logits"} | BRIEF
-    file = variant(finished.folder, "sampled", data=data, teacher=teacher, synthesize=synthesize, train=train)
+    file = variant(finished.folder, f"sampled-{shards}", data=data, teacher=teacher, synthesize=synthesize, train=train)
     ran, report = go(file)
-    assert {"prompts", "answers", "synthetic", "logits", "student"} <= ran
+    parts = {"answers"} if shards == 1 else {"prompts-1", "prompts-2", "answers-1", "answers-2"}
+    assert {"prompts", "synthetic", "logits", "student"} | parts <= ran
     assert report.synthesis is not None and report.synthesis.seen and report.synthesis.kept
     assert report.data.counts["gold"] == 0
     assert report.no_teacher_baseline.few is None and report.no_teacher_baseline.all is None

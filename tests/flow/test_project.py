@@ -233,6 +233,13 @@ def test_shards_are_steps_that_wait_for_each_other_nowhere(tmp_path: Path) -> No
     assert {k: v for k, v in steps["synthetic"].inputs.items() if k != "data"} == {
         f"answers.{n}": f"answers-{n}" for n in (1, 2, 3)
     }
+    wanted = ["synthesize.shards=2", "synthesize.generate={method: paraphrase, count: 9}"]
+    more = {step.id: step for step in plan(load(write(tmp_path, GOOD), wanted).spec)}
+    assert [more[f"prompts-{n}"].params["part"] for n in (1, 2)] == [0, 1]
+    assert more["prompts"].inputs == {"data": "data", "prompts.1": "prompts-1", "prompts.2": "prompts-2"}
+    assert more["answers-2"].inputs["prompts"] == "prompts"
+    template = ["synthesize.shards=2", "synthesize.generate={method: template, count: 9, templates: [a]}"]
+    assert "prompts-1" not in {step.id for step in plan(load(write(tmp_path, GOOD), template).spec)}
     remote = ["synthesize.shards=3", "teacher={endpoint: {url: 'http://127.0.0.1:9/v1', model: m}}"]
     (problem,) = check(
         load(write(tmp_path, GOOD), [*remote, "train.method=sequence", "student.tokenizer={vocabulary: 400}"]).spec

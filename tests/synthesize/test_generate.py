@@ -13,7 +13,7 @@ import slmops.engines
 from slmops.core.engine import Generation
 from slmops.core.prompting import read_list, read_verdict
 from slmops.core.spec import Endpoint, Generate, Task
-from slmops.data import generate
+from slmops.data import generate, join_prompts
 from slmops.data.teacher import EngineTeacher
 from slmops.engines.memory_engine import END, MemoryEngine
 from slmops.engines.stand_in import StandIn
@@ -78,6 +78,35 @@ def test_a_local_teacher_writes_user_turns_from_nothing(ctx, out, dataset, examp
     assert run(ctx, out, data, teacher=tmp_path, method="sample", count=700)[0] == texts
     ctx.seed += 1
     assert run(ctx, out, data, teacher=tmp_path, method="sample", count=700)[0] != texts
+
+
+@pytest.mark.parametrize("instruction", ["", "Pick one."])
+def test_parts_differ_and_are_joined_without_what_they_share(instruction, ctx, out, dataset, example, local, tmp_path):
+    local(Sampler())
+    task = Task(type="classification", instruction=instruction)
+    wanted = Generate.model_validate({"method": "sample", "count": 300}, strict=False)
+    data = dataset(pool=[example("word1 word2 word3")])
+    inputs, texts = {"data": data}, []
+    for part in range(3):
+        folder = out()
+        params = generate.Params(generate=wanted, task=task, part=part, parts=3)
+        generate.run(params, {"data": data, "teacher": tmp_path}, folder, ctx)
+        inputs[f"prompts.{part + 1}"] = folder
+        texts.append([row["messages"][-1]["content"] for row in read_rows(folder / "prompts.jsonl")])
+        assert len(texts[-1]) == 115
+    assert len(set(texts[0]) & set(texts[1])) < 30, "each has a seed of its own"
+    (inputs["prompts.2"] / "prompts.jsonl").open("a").write((inputs["prompts.1"] / "prompts.jsonl").read_text())
+    folder = out()
+    facts = join_prompts.run(join_prompts.Params(generate=wanted, task=task), inputs, folder, ctx)
+    rows = read_rows(folder / "prompts.jsonl")
+    joined = [row["messages"][-1]["content"] for row in rows]
+    assert len(joined) == len(set(joined)) == 300 == facts["kept"] and facts["parts"] == 3
+    assert joined[:2] == [texts[0][0], texts[1][0]] and set(joined) <= {text for part in texts for text in part}
+    assert all(len(row["messages"]) == 1 + bool(instruction) and row["source"] == "sample" for row in rows)
+    few = join_prompts.run(
+        join_prompts.Params(generate=wanted.model_copy(update={"count": 900}), task=task), inputs, out(), ctx
+    )
+    assert few["stalled"] and any("no more that differ" in line for line in ctx.progress.lines)
 
 
 def test_the_instruction_stands_before_a_sampled_turn(ctx, out, dataset, local, tmp_path):

@@ -329,7 +329,7 @@ class Synthesize(Value):
     vote_temperature: Annotated[float, Field(gt=0)] = 0.7
     shards: Positive = Field(
         1,
-        description="parts in which a local teacher answers: steps of their own, which `--jobs` or `--on ray` runs at once",
+        description="parts in which a local teacher writes prompts and answers: steps of their own, at once with `--jobs` or `--on ray`",
     )
     filters: Filters = Filters()
 

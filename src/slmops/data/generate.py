@@ -2,7 +2,8 @@
 
 Promises: prompts are distinct from each other and from those the data set has, as many as asked for unless the source
 runs dry (`stats.json` says so); nothing of the validation and test data is read; the same seed and the same teacher's
-answers give the same bytes.
+answers give the same bytes. With `parts` it writes one part of the prompts and some more, from a seed of its own;
+`data.join_prompts` makes one set of all parts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from slmops.core.engine import Sampling
 from slmops.core.example import Example, Message
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
-from slmops.core.spec import ENDPOINT_NEUTRAL, Endpoint, Generate, Task
+from slmops.core.spec import ENDPOINT_NEUTRAL, Endpoint, Generate, NonNegative, Positive, Task
 from slmops.errors import DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -43,15 +44,19 @@ SHOWN = 6
 STALL_ROUNDS = 3
 """Rounds in a row that bring (almost) nothing new, after which the source counts as dry."""
 STALL_SHARE = 0.02
+SPARE = 0.15
+"""Share of prompts that a part writes beyond its own: some are in another part too."""
 _PROBES = ("qa", "7e", "Жo", "好u")
 
 
 class Params(BaseParams):
-    """What to generate; `endpoint` is the teacher where there is no `teacher` input."""
+    """What to generate; `endpoint` is the teacher where there is no `teacher` input; `part`: which of `parts`, from 0."""
 
     generate: Generate
     task: Task
     endpoint: Endpoint | None = None
+    part: NonNegative = 0
+    parts: Positive = 1
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -62,12 +67,16 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         DataError: there is nothing to start from, or not one usable prompt came.
         EndpointError, BudgetError: see `slmops.engines.endpoint`; what was paid for is kept.
     """
-    from slmops.data.teacher import open_teacher
+    from slmops.data.teacher import open_teacher, part_seed
     from slmops.store.rows import read_examples, write_json, write_rows
 
+    if params.parts > 1:
+        count = math.ceil(params.generate.count * (1 + SPARE) / params.parts)
+        params = params.model_copy(update={"generate": params.generate.model_copy(update={"count": count})})
+        ctx = replace(ctx, seed=part_seed(ctx.seed, params.part))
     generate = params.generate
     known = [*read_examples(inputs["data"] / "gold.jsonl"), *read_examples(inputs["data"] / "pool.jsonl")]
-    collected = _Collected(generate, params.task, known)
+    collected = Collected(generate, params.task, known)
     if generate.method == "template":
         collected.take(Example((Message("user", text),)) for text in _fill(generate, ctx.seed))
         facts: dict[str, Any] = {}
@@ -102,7 +111,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     return {key: stats[key] for key in ("asked", "kept", "stalled")} | facts
 
 
-class _Collected:
+class Collected:
     """Prompts so far: distinct, none that the data set has."""
 
     def __init__(self, generate: Generate, task: Task, known: Sequence[Example]) -> None:
@@ -118,10 +127,12 @@ class _Collected:
 
     @property
     def missing(self) -> int:
+        """How many are still wanted."""
         return self.generate.count - len(self.kept)
 
     @property
     def dry(self) -> bool:
+        """Whether the last rounds brought nothing new."""
         return self._dry >= STALL_ROUNDS
 
     def take(self, candidates: Iterator[Example | None]) -> None:
@@ -159,6 +170,7 @@ class _Collected:
         return "\n".join([*own, talk])
 
     def stats(self) -> dict[str, Any]:
+        """What stats.json says."""
         return {
             "method": self.generate.method,
             "wanted": self.generate.count,
@@ -204,7 +216,7 @@ def _common(rows: Sequence[Sequence[int]]) -> list[int]:
     return out
 
 
-def _sample(teacher: EngineTeacher, collected: _Collected, params: Params, ctx: Context) -> None:
+def _sample(teacher: EngineTeacher, collected: Collected, params: Params, ctx: Context) -> None:
     generate = params.generate
     prefix, end = user_turn(teacher, params.task.instruction)
     sampling = Sampling(generate.max_new_tokens, generate.temperature, generate.top_p, seed=ctx.seed)
@@ -230,7 +242,7 @@ def _turn(teacher: EngineTeacher, tokens: Sequence[int], text: str, finished: bo
 # --- paraphrase, evolve, seed: an instruct model writes --------------------------------------------------------------
 
 
-def _rewrite(teacher: Teacher, collected: _Collected, params: Params, known: list[Example], ctx: Context) -> None:
+def _rewrite(teacher: Teacher, collected: Collected, params: Params, known: list[Example], ctx: Context) -> None:
     from slmops.core.prompting import read_list
 
     generate = params.generate

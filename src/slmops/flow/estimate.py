@@ -23,6 +23,7 @@ RUNTIME_BYTES = 700_000_000
 
 FIXED_SECONDS = {
     "data.prepare": 8.0, "train.tokenizer": 3.0, "data.filter": 5.0, "data.augment": 5.0, "data.answer": 15.0, "data.generate": 30.0,
+    "data.join_prompts": 1.0,
     "convert.onnx_genai": 8.0, "evaluate.predict": 10.0, "evaluate.measure": 30.0, "evaluate.report": 5.0,
     "bundle.assemble": 1.0, "train.cache_logits": 20.0, "train.cache_aligned": 20.0, "catalog.fetch": 1.0,
     "compress.vocabulary": 3.0, "compress.gptq": 10.0, "convert.gguf": 6.0, "evaluate.predict_llama_cpp": 10.0,

@@ -390,7 +390,10 @@ class _Builder:
             what = f"{synthesize.generate.count} new prompts ({synthesize.generate.method})"
             template = synthesize.generate.method == "template"
             asked = inputs | ({} if template else self._local_teacher())
-            self.add("prompts", "data.generate", generate, what, asked, threads=self._teacher_threads())
+            if template or synthesize.shards == 1:
+                self.add("prompts", "data.generate", generate, what, asked, threads=self._teacher_threads())
+            else:
+                self._prompts(generate, what, asked, synthesize.shards)
             inputs = inputs | {"prompts": "prompts"}
         if spec.teacher is None or not (synthesize.label_pool or synthesize.generate is not None):
             return
@@ -421,6 +424,20 @@ class _Builder:
             "keep what is sound",
             answers | {"data": "data"} | judge,
             threads=1,
+        )
+
+    def _prompts(self, generate: dict[str, Any], about: str, inputs: dict[str, str], parts: int) -> None:
+        """New prompts in parts, and all of them together as `prompts`."""
+        made = {
+            f"prompts.{part}": self.add(
+                f"prompts-{part}", "data.generate", generate | {"part": part - 1, "parts": parts},
+                f"{about}, part {part} of {parts}", inputs, threads=self._teacher_threads(),
+            )
+            for part in range(1, parts + 1)
+        }  # fmt: skip
+        params = {key: generate[key] for key in ("generate", "task")}
+        self.add(
+            "prompts", "data.join_prompts", params, "one set of the parts", {"data": "data"} | made, threads=1, seed=0
         )
 
     def _answers(self, params: dict[str, Any], inputs: dict[str, str], seed: int, parts: int) -> dict[str, str]:
