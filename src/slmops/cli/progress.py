@@ -34,7 +34,10 @@ class Terminal:
         )
         from rich.progress import Progress as Bars
 
-        self.console = Console(stderr=True, highlight=False)
+        self.stream = (
+            sys.stderr
+        )  # of the run: a step that catches what a library prints must not catch another thread's line
+        self.console = Console(file=self.stream, highlight=False)
         self.live = self.console.is_terminal
         self.total, self.done, self.reused = total, 0, 0
         self.bars = Bars(
@@ -57,7 +60,7 @@ class Terminal:
         if self.live:
             self.console.print(text, markup=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self.stream, flush=True)
 
     def watcher(self) -> Watcher:
         """The parts that a run calls."""
