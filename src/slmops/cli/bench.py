@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from slmops.cli.common import json_argument, print_json, say, seconds, size
+from slmops.cli.common import cores, json_argument, print_json, say, seconds, size
 from slmops.core.layout import columns
 from slmops.errors import UsageError
 
@@ -42,9 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from slmops.evaluate.bench import bench
 
     models = named(options.models)
-    threads = options.threads or (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    threads = options.threads or cores()
     say(f"models: {len(models)}, rounds: {options.rounds}, threads: {threads}")
     found = bench(
         models,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,11 @@ def open_project(options: argparse.Namespace) -> Project:
 def print_json(value: Any) -> None:
     """JSON on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def say(text: str = "") -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from slmops.cli.common import json_argument, print_json, size
+from slmops.cli.common import cores, json_argument, print_json, size
 from slmops.core.layout import columns
 
 HELP = "show what this machine has, what is missing, and the line that installs it"
@@ -92,7 +91,7 @@ def examine() -> dict[str, Any]:
             "system": platform.platform(terse=True),
             "python": platform.python_version(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
             "instructions": _instructions(),
             "memory_bytes": memory.get("MemTotal", 0),
             "memory_free_bytes": memory.get("MemAvailable", 0),

@@ -34,9 +34,8 @@ class Terminal:
         )
         from rich.progress import Progress as Bars
 
-        self.stream = (
-            sys.stderr
-        )  # of the run: a step that catches what a library prints must not catch another thread's line
+        # That of the run: a step that catches what a library prints must not catch another thread's line.
+        self.stream = sys.stderr
         self.console = Console(file=self.stream, highlight=False)
         self.live = self.console.is_terminal
         self.total, self.done, self.reused = total, 0, 0

@@ -12,7 +12,7 @@ Texts of the validation split are only counted, to say how many more tokens new 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from slmops.core.method import Params as BaseParams
 from slmops.core.spec import NonNegative
 from slmops.errors import CompressionError, DataError, ModelError
 from slmops.store.files import read_json
-from slmops.store.rows import read_examples
 
 DECLARATION = Declaration(
     name="compress.vocabulary",
@@ -60,7 +59,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     config = _object(source / "config.json")
     tokenizer = load_tokenizer(source)
     ctx.progress.start("reading the texts")
-    ids = _encoded(tokenizer, inputs, params.files)
+    ids = _encoded(tokenizer, _texts(tokenizer, inputs, params.files))
     ctx.progress.stop()
     seen = {id for text in ids for id in text}
     if not seen:
@@ -81,8 +80,9 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     (out / "tokenizer.json").write_text(json.dumps(after, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     _settings(source, out, new, {mark["content"] for mark in after["added_tokens"]})
     sizes = _weights(source, out, order, config["vocab_size"])
-    _check(out, ids, new, inputs, params.files)
-    told = _growth(tokenizer, load_tokenizer(out), inputs["data"])
+    fresh = load_tokenizer(out)
+    _check(fresh, _texts(fresh, inputs, params.files), ids, new)
+    told = _growth(tokenizer, fresh, inputs["data"])
     _training(out, sizes[1])
     ctx.progress.log(
         f"{len(order):,} of {config['vocab_size']:,} tokens kept ({used:,} for the training texts, all bytes and control marks): "
@@ -104,22 +104,18 @@ def _object(path: Path) -> dict[str, Any]:
     raise ModelError(f"{path} cannot be read", "the model folder is damaged; make it again")
 
 
-def _texts(tokenizer: Any, inputs: Mapping[str, Path], files: Sequence[str]) -> Iterator[str]:
+def _texts(tokenizer: Any, inputs: Mapping[str, Path], files: Sequence[str]) -> list[str]:
     """Each example as prompt and as answer, rendered; an example without an answer as prompt alone."""
-    from slmops.engines.tokenizer import rendered
+    from slmops.engines.tokenizer import examples_of, rendered
 
-    for entry in files:
-        name, _, file = entry.partition("/")
-        for example in read_examples(inputs[name] / file):
-            prompt, answer = rendered(tokenizer, example)
-            yield prompt
-            if example.answer is not None:
-                yield answer
+    found: list[str] = []
+    for example in examples_of(inputs, files):
+        found += rendered(tokenizer, example)[: 1 if example.answer is None else 2]
+    return found
 
 
-def _encoded(tokenizer: Any, inputs: Mapping[str, Path], files: Sequence[str]) -> list[list[int]]:
+def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of every text."""
-    texts = list(_texts(tokenizer, inputs, files))
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return ids
 
@@ -223,18 +219,13 @@ def _weights(source: Path, out: Path, order: Sequence[int], rows: int) -> tuple[
     return before, after
 
 
-def _check(
-    out: Path, ids: list[list[int]], new: Mapping[int, int], inputs: Mapping[str, Path], files: Sequence[str]
-) -> None:
-    """Read the written tokenizer and hold it to the law.
+def _check(fresh: Any, texts: list[str], ids: list[list[int]], new: Mapping[int, int]) -> None:
+    """Hold the written tokenizer to the law.
 
     Raises:
         CompressionError: a text is cut otherwise than before.
     """
-    from slmops.engines.tokenizer import load_tokenizer
-
-    fresh = load_tokenizer(out)
-    for old, now, text in zip(ids, _encoded(fresh, inputs, files), _texts(fresh, inputs, files), strict=True):
+    for old, now, text in zip(ids, _encoded(fresh, texts), texts, strict=True):
         if [new.get(id) for id in old] != now:
             raise CompressionError(
                 f"with fewer tokens the tokenizer cuts a text otherwise: {text[:60]!r}",
@@ -244,8 +235,8 @@ def _check(
 
 def _growth(before: Any, after: Any, data: Path) -> float | None:
     """How many more tokens the prompts of the validation split take, as a share; None if there is none."""
-    rows = {"data": data}
-    counts = [sum(map(len, _encoded(tokenizer, rows, ("data/validation.jsonl",)))) for tokenizer in (before, after)]
+    split = {"data": data}, ("data/validation.jsonl",)
+    counts = [sum(map(len, _encoded(tokenizer, _texts(tokenizer, *split)))) for tokenizer in (before, after)]
     return round(counts[1] / counts[0] - 1, 6) if counts[0] else None
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from slmops.convert import gguf as base_gguf
 from slmops.convert import gguf_names
 from slmops.core.digest import digest_file
-from slmops.core.method import Context, Declaration, Facts
+from slmops.core.method import Context, Declaration, Facts, named_inputs
 from slmops.core.method import Params as BaseParams
 from slmops.core.spec import Positive
 from slmops.engines import fidelity, read_json
@@ -65,7 +65,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     gguf_names.library()
     base = inputs["base"]
     config = read_json(base / "config.json")
-    folders, data = lora.named(inputs, "adapter"), lora.named(inputs, "data")
+    folders, data = dict(sorted(named_inputs(inputs, "adapter").items())), named_inputs(inputs, "data")
     examples = fidelity.choose_for(list(folders), data, params.fidelity_prompts) if data else {}
     adapters = lora.read_all(folders, base, plain="has no GGUF form")
     names = {name: tensor_names(adapter, config) for name, adapter in adapters.items()}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.convert.onnx_genai import Params as ConvertParams
 from slmops.core.digest import digest_file
-from slmops.core.method import Context, Declaration, Facts
+from slmops.core.method import Context, Declaration, Facts, named_inputs
 from slmops.engines.adapters import ADAPTERS
 from slmops.errors import ConversionError
 from slmops.store import lora
@@ -67,13 +67,13 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     base = inputs["base"]
     config = read_json(base / "config.json")
     onnx_genai.supported(config)
-    sources = lora.named(inputs, "adapter")
+    sources = dict(sorted(named_inputs(inputs, "adapter").items()))
     for source in (base, *sources.values()):
         if detect(source) != "torch":
             raise ConversionError(f"{source} is not a Hugging Face model", "give the models as training wrote them")
     adapters = lora.read_all(sources, base, plain="cannot be switched on beside the base")
     places = {name: split(adapter, config) for name, adapter in adapters.items()}
-    examples = fidelity.choose_for(sorted(adapters), lora.named(inputs, "data"), params.fidelity_prompts)
+    examples = fidelity.choose_for(sorted(adapters), named_inputs(inputs, "data"), params.fidelity_prompts)
     with tempfile.TemporaryDirectory(dir=ctx.scratch if ctx.scratch.is_dir() else None) as work:
         ctx.progress.start("building the graph")
         onnx_genai.build(base, Path(work), "fuse_qkv=false")

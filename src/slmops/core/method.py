@@ -93,6 +93,11 @@ class SilentProgress:
         """Nothing is shown."""
 
 
+def named_inputs(inputs: Mapping[str, Path], kind: str) -> dict[str, Path]:
+    """The inputs `kind.NAME` of a method by NAME, in their order."""
+    return {name.removeprefix(f"{kind}."): path for name, path in inputs.items() if name.startswith(f"{kind}.")}
+
+
 @dataclass
 class Context:
     """What a method gets beside its inputs.

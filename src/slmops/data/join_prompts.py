@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-from slmops.core.method import Context, Declaration, Facts
+from slmops.core.method import Context, Declaration, Facts, named_inputs
 from slmops.core.method import Params as BaseParams
 from slmops.core.spec import Generate, Task
 from slmops.data.generate import Collected
@@ -32,8 +32,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     from slmops.store.rows import read_examples, write_json, write_rows
 
     known = [*read_examples(inputs["data"] / "gold.jsonl"), *read_examples(inputs["data"] / "pool.jsonl")]
-    numbers = sorted(int(name.removeprefix("prompts.")) for name in inputs if name.startswith("prompts."))
-    parts = [read_examples(inputs[f"prompts.{number}"] / "prompts.jsonl") for number in numbers]
+    folders = named_inputs(inputs, "prompts")
+    parts = [read_examples(folders[number] / "prompts.jsonl") for number in sorted(folders, key=int)]
     collected = Collected(params.generate, params.task, known)
     collected.take(example for turn in itertools.zip_longest(*parts) for example in turn if example is not None)
     stats = collected.stats()

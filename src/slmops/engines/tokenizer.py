@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ def rendered(tokenizer: Any, example: Example) -> tuple[str, str]:
     return prompt, answer + end
 
 
+def examples_of(inputs: Mapping[str, Path], files: Sequence[str]) -> Iterator[Example]:
+    """The examples of files named `input/file`, in their order; a file that is not there has none."""
+    for entry in files:
+        name, _, file = entry.partition("/")
+        yield from read_examples(inputs[name] / file)
+
+
 def calibration(
     tokenizer: Any, inputs: Mapping[str, Path], files: Sequence[str], count: int, longest: int
 ) -> list[list[int]]:
@@ -62,10 +69,7 @@ def calibration(
     Raises:
         DataError: there is no example.
     """
-    found: dict[tuple[str, str], Example] = {}
-    for entry in files:
-        name, _, file = entry.partition("/")
-        found |= {(example.id, example.answer or ""): example for example in read_examples(inputs[name] / file)}
+    found = {(example.id, example.answer or ""): example for example in examples_of(inputs, files)}
     if not found:
         raise DataError("there is no example to calibrate on", f"the files are: {', '.join(files)}")
     ids = []

@@ -46,7 +46,7 @@ def peak_bytes() -> int:
 
 
 RAPL = Path("/sys/class/powercap")
-WORDS = (
+WORDS = [
     "the",
     "parcel",
     "has",
@@ -63,7 +63,7 @@ WORDS = (
     "7",
     "days",
     "later",
-)
+]
 
 
 def energy(root: Path = RAPL) -> float | None:
@@ -73,6 +73,16 @@ def energy(root: Path = RAPL) -> float | None:
         return sum(int(file.read_text()) for file in files) / 1e6 if files else None
     except (OSError, ValueError):
         return None
+
+
+def opened(job: dict[str, Any]) -> tuple[Engine, int, float]:
+    """The engine of a job, the peak after the imports in bytes, and the seconds to load."""
+    for library in LIBRARIES[job["runtime"]]:
+        importlib.import_module(library)
+    imported = peak_bytes()
+    started = time.perf_counter()
+    engine = open_engine(Path(job["folder"]), threads=job["threads"], kind=job["runtime"])
+    return engine, imported, time.perf_counter() - started
 
 
 def passage(engine: Engine, length: int) -> list[int]:
@@ -86,11 +96,7 @@ def passage(engine: Engine, length: int) -> list[int]:
 
 def speed(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job with `prompt_tokens`; see the module. Lists are by length, then by repeat."""
-    for library in LIBRARIES[job["runtime"]]:
-        importlib.import_module(library)
-    started = time.perf_counter()
-    engine = open_engine(Path(job["folder"]), threads=job["threads"], kind=job["runtime"])
-    loaded = time.perf_counter() - started
+    engine, _, loaded = opened(job)
     longest = max(job["prompt_tokens"]) + job["max_new_tokens"]
     if engine.context_length < longest:
         raise ModelError(
@@ -117,12 +123,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job; see the module."""
     if "prompt_tokens" in job:
         return speed(job)
-    for library in LIBRARIES[job["runtime"]]:
-        importlib.import_module(library)
-    imported = peak_bytes()
-    started = time.perf_counter()
-    engine = open_engine(Path(job["folder"]), threads=job["threads"], kind=job["runtime"])
-    loaded = time.perf_counter() - started
+    engine, imported, loaded = opened(job)
     sampling = Sampling(max_new_tokens=job["max_new_tokens"])
     prompts = [engine.encode(messages) for messages in job["prompts"]]
     fitting = [p for p in prompts if len(p) < engine.context_length]

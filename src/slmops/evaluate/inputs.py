@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slmops.core.method import named_inputs
 from slmops.errors import DataError
 
 NOT_SHIPPED = ("fidelity.json", "training.json")
@@ -85,7 +86,7 @@ def read_material(inputs: Mapping[str, Path]) -> Material:
     Raises:
         DataError: predictions or a measurement are broken, or variants answered different examples.
     """
-    predictions = {name: read_predictions(path) for name, path in _named(inputs, "predictions").items()}
+    predictions = {name: read_predictions(path) for name, path in named_inputs(inputs, "predictions").items()}
     if not predictions:
         raise DataError("there are no predictions to report on", "run `slmops run`, which makes them")
     first = next(iter(predictions))
@@ -97,17 +98,13 @@ def read_material(inputs: Mapping[str, Path]) -> Material:
         measurement=read_measurement(inputs["measurement"]) if "measurement" in inputs else None,
         training={
             name: facts
-            for name, path in _named(inputs, "training").items()
+            for name, path in named_inputs(inputs, "training").items()
             if (facts := _side(path, "training.json")) is not None
         },
-        converted={name: _converted(path) for name, path in _named(inputs, "converted").items()},
+        converted={name: _converted(path) for name, path in named_inputs(inputs, "converted").items()},
         synthesis=_side(inputs.get("synthetic"), "stats.json"),
         self_check=_side(inputs.get("logits"), "self_check.json"),
     )
-
-
-def _named(inputs: Mapping[str, Path], prefix: str) -> dict[str, Path]:
-    return {n.removeprefix(f"{prefix}."): path for n, path in inputs.items() if n.startswith(f"{prefix}.")}
 
 
 def _side(folder: Path | None, name: str) -> dict[str, Any] | None:

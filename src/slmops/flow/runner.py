@@ -259,10 +259,6 @@ class _Run:
         self.result.records[step.id] = record
 
 
-OTHER_FORMS = (("{}", "student-{}"), ("adapters-{}", "student-adapters-{}"))
-"""Folder in outputs and step of each form of `convert.also`."""
-
-
 def export(state: State, result: Result) -> dict[str, Path]:
     """Copy what users look for (student, bundle, report, adapters) from the store to the project's outputs folder.
 
@@ -276,15 +272,17 @@ def export(state: State, result: Result) -> dict[str, Path]:
         source = state.store.path(result.outputs["report"])
         for name in ("report.html", "report.json"):
             made[name] = _copy(source / name, out / name)
-    for name in ("adapters", *(f"adapters-{form}" for form in state.project.spec.convert.also)):
+    also = state.project.spec.convert.also
+    for name in ("adapters", *(f"adapters-{form}" for form in also)):
         if name in result.outputs:
             scores = state.store.path(result.outputs[name]) / "adapters.json"
             made[f"{name}.json"] = _copy(scores, out / f"{name}.json")
     shipped = finished(state.project.spec)
     student = shipped if shipped in result.outputs else "student"  # a run that was to end with the training
-    also = state.project.spec.convert.also
-    others = [(name.format(form), step.format(form)) for form in also for name, step in OTHER_FORMS]
-    for name, step in (*others, ("student", student), ("bundle", "bundle"), ("adapters", "student-adapters")):
+    folders: dict[str, str] = {form: f"student-{form}" for form in also}
+    folders |= {f"adapters-{form}": f"student-adapters-{form}" for form in also}
+    folders |= {"student": student, "bundle": "bundle", "adapters": "student-adapters"}
+    for name, step in folders.items():
         if step in result.outputs:
             made[name] = _copy_folder(state.store.path(result.outputs[step]), out / name, result.outputs[step])
     return made

@@ -179,8 +179,3 @@ def read_all(folders: Mapping[str, Path], base: Path, *, plain: str = "") -> dic
             )
         found[name] = adapter
     return found
-
-
-def named(inputs: Mapping[str, Path], kind: str) -> dict[str, Path]:
-    """The inputs `kind.NAME` of a method, by name."""
-    return {name.partition(".")[2]: path for name, path in sorted(inputs.items()) if name.startswith(f"{kind}.")}

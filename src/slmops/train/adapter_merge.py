@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from slmops.core.method import Context, Declaration, Facts
+from slmops.core.method import Context, Declaration, Facts, named_inputs
 from slmops.core.method import Params as Base
 from slmops.errors import ModelError
 from slmops.store import lora
@@ -58,7 +58,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         ModelError: adapters of different bases or different layers, a dora in a stack, a weight of no adapter.
     """
     base = inputs["base"]
-    folders = {name.partition(".")[2]: path for name, path in inputs.items() if name.startswith("adapter.")}
+    folders = named_inputs(inputs, "adapter")
     adapters = lora.read_all(folders, base, plain="cannot be stacked" if params.method == "stack" else "")
     check(params, adapters)
     scales = {name: params.weights.get(name, 1.0) for name in adapters}
