@@ -172,6 +172,11 @@ def test_spec_errors_load_nothing_heavy(project: Path) -> None:
         (("report",), 2, "no report of tiny yet"),
         (("chat", "hello"), 2, "there is no bundle"),
         (("compare", "student-int4", "few-int4"), 2, "not made yet"),
+        (("fidelity",), 2, "no comparison of tiny yet"),
+        (("fidelity", "one"), 2, "one model has no hop"),
+        (("fidelity", "one", "two"), 1, "no model folder at one"),
+        (("fidelity", "a=one", "a=two"), 2, "two models are called a"),
+        (("fidelity", "one", "two", "--rounded", "85"), 2, "a share from 0 to 1"),
         (("compare", "student-int3", "few-int4"), 2, "variants: teacher-torch"),
         (("launch",), 2, "invalid choice: 'launch'"),
     ],
@@ -486,7 +491,7 @@ name: tiny
 task: {type: classification, labels: [refund, delivery, password, greeting]}
 data: {path: rows.jsonl, gold: {per_label: 5}, max_examples: 44}
 teacher:
-  endpoint: {url: "URL", model: m, concurrency: 2, timeout_s: 0.4, retries: 0}
+  endpoint: {url: "URL", model: m, concurrency: 2, timeout_s: 30, retries: 0}
 student:
   model: {layers: 1, hidden: 32, heads: 2, ffn: 64, context: 64}
   tokenizer: {vocabulary: 300}
@@ -558,8 +563,8 @@ def after(count: int, fault: Fault) -> Callable[[Any], Fault | None]:
 )
 def test_endpoint_fails(fault: Fault, answered: int, says: tuple[str, ...], remote: Path, slmops: Slmops) -> None:
     with desk(remote, after(answered, fault)) as first:
-        again_and_again = ("--set", "teacher.endpoint.retries=1") if fault.kind == "status" else ()
-        outcome = slmops("run", "synthetic", *again_and_again, folder=remote)
+        more = {"status": ("--set", "teacher.endpoint.retries=1"), "never": ("--set", "teacher.endpoint.timeout_s=0.4")}
+        outcome = slmops("run", "synthetic", *more.get(fault.kind, ()), folder=remote)
         outcome.refused(1, "http://127.0.0.1", *says, "Every answer that came is kept")
         assert outcome.started == ["data", "answers"]
         assert first.answered == answered

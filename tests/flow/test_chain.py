@@ -27,7 +27,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.slow
 
-STEPS = 23
+STEPS = 24
 INT4 = ("student-int4", "few-int4", "all-int4")
 
 
@@ -128,6 +128,34 @@ def test_the_report_holds_what_it_promises(finished: Finished) -> None:
     assert "tiny" in page and 'src="http' not in page and "cdn" not in page
 
 
+def test_the_report_says_what_each_hop_kept_and_fidelity_shows_it(finished: Finished, tmp_path: Path) -> None:
+    hops = {hop.name: hop for hop in read_report(finished.folder).hops}
+    assert {name: hop.parent for name, hop in hops.items()} == {
+        "teacher-fp32": "teacher", "student": "teacher", "student-fp32": "student", "student-int4": "student"
+    }  # fmt: skip
+    assert hops["student-fp32"].token_agreement == 1.0 and hops["student"].at_least is None
+    assert 0.9 < hops["student-int4"].kept <= 1.0 and hops["student-int4"].mean_kl > 0  # type: ignore[operator]
+    shown = slmops("fidelity", file=finished.folder).out
+    assert "student → student-int4" in shown and shown.endswith("no hop broke the model\n")
+
+    # the same by hand: from the trained folder to what ships, and back to a folder whose template was broken
+    broken = shutil.copytree(finished.model("student"), tmp_path / "broken")
+    template = (broken / "chat_template.jinja").read_text()
+    (broken / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<|user|>"))
+    (tmp_path / "asked.txt").write_text("where is my card\n\nhello\n")
+    models = (f"a={finished.model('student')}", f"b={finished.outputs / 'bundle' / 'model'}")
+    by_hand = slmops("fidelity", *models, "--count", "8", "--json", file=finished.folder).json
+    assert by_hand["hops"] == [hops["student-int4"].model_dump(mode="json") | {
+        "parent": "a", "name": "b", "says": by_hand["hops"][0]["says"], "mean_kl": pytest.approx(hops["student-int4"].mean_kl, rel=1e-4),
+    }]  # fmt: skip
+    words = (*models, f"c={broken}", "--expect", "rounded,learned", "--prompts", str(tmp_path / "asked.txt"))
+    found = slmops("fidelity", *words, "--json", file=finished.folder).json
+    assert [hop["prompts"] for hop in found["hops"]] == [2, 2] and found["verdict"] == "no hop broke the model"
+    words = (*models, f"c={broken}", "--expect", "rounded,exact", "--prompts", str(tmp_path / "asked.txt"))
+    told = slmops("fidelity", *words, file=finished.folder, codes=(3,)).out
+    assert "broke the chat template" in told and "BROKEN  b → c: the same messages become other tokens" in told
+
+
 def test_the_student_is_there_for_transformers(finished: Finished) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,7 +220,7 @@ def test_a_late_parameter_reruns_its_dependents_alone(copy: Path) -> None:
         assert why.pop(step) == ["block_size changed: 32 → 64"]
     assert all(line.startswith("waits for") for lines in why.values() for line in lines)
     ran = slmops("run", "--json", *change, file=copy, codes=(0, 3, 4)).ran
-    after = {f"predict-{step}" for step in INT4} | {"measure", "report", "bundle"}
+    after = {f"predict-{step}" for step in INT4} | {"measure", "fidelity", "report", "bundle"}
     assert ran == conversions | after, "fp32 models are converted again to the same bytes: nothing comes after them"
     assert slmops("run", "--json", file=copy).ran == set(), "the old setting is still in the store"
     kept = {row["digest"] for row in slmops("cache", "ls", "--json", file=copy).json}

@@ -24,14 +24,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What `bench` takes."""
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument(
-        "--prompt", nargs="+", type=_positive, default=[32], metavar="TOKENS", help="lengths of prompts (32)"
+        "--prompt", nargs="+", type=positive, default=[32], metavar="TOKENS", help="lengths of prompts (32)"
     )
-    parser.add_argument("--new", type=_positive, default=32, metavar="TOKENS", help="tokens of each answer (32)")
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="fresh processes of each model (3)")
-    parser.add_argument(
-        "--repeats", type=_positive, default=10, metavar="N", help="answers to each prompt in each (10)"
-    )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="the same for every model (all cores)")
+    parser.add_argument("--new", type=positive, default=32, metavar="TOKENS", help="tokens of each answer (32)")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="fresh processes of each model (3)")
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="answers to each prompt in each (10)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="the same for every model (all cores)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the numbers as a page with drawings")
     json_argument(parser)
 
@@ -64,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of at least 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("give at least 1")

@@ -20,7 +20,9 @@ from slmops.errors import SlmopsError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
-VERBS = ("init", "import", "doctor", "plan", "run", "search", "why", "report", "compare", "bench", "chat", "cache")
+VERBS = (
+    "init", "import", "doctor", "plan", "run", "search", "why", "report", "compare", "fidelity", "bench", "chat", "cache",
+)  # fmt: skip
 
 DESCRIPTION = """\
 From a task and a teacher to a small language model on every device:

@@ -71,8 +71,8 @@ class Engine(Protocol):
             ModelError: a prompt leaves no room in the context; its index is in the message.
         """
 
-    def logits(self, ids: Sequence[int]) -> Any:
-        """Teacher-forced float32 numpy array (len(ids), vocabulary): row i predicts token i + 1."""
+    def logits(self, ids: Sequence[int], start: int = 0) -> Any:
+        """Teacher-forced float32 numpy array (len(ids) - start, vocabulary): the row of position i predicts token i + 1."""
 
     def close(self) -> None:
         """Free the model."""

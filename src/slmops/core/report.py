@@ -251,6 +251,46 @@ class Wrong(Value):
     teacher: str | None = Field(description="the teacher's answer")
 
 
+class Meeting(Value):
+    """Two models on the same prompts, along the same greedy answers."""
+
+    prompts: int = Field(description="validation prompts")
+    compared: int = Field(description="of these, prompts whose texts are the same tokens for both")
+    positions: int = Field(description="next tokens that both gave for the same tokens before")
+    token_agreement: float | None = Field(description="share of positions with the same most likely token")
+    kept: float | None = Field(
+        description="probability that the model before gives to the choices of the one after, over that of its own choices: two "
+        "tokens that are equally likely may change places, a certain one may not be lost"
+    )
+    mean_kl: float | None = Field(
+        description="mean KL divergence of the next tokens, nats; of the tokens that both have"
+    )
+    same_answers: float = Field(description="share of prompts to which both answer the same text")
+    template_equal: float | None = Field(
+        description="share of prompts that both turn into the same tokens, of those whose tokens both have; null: not to be compared"
+    )
+    furthest_weight: dict[str, Any] | None = Field(
+        None, description="the matrix that changed most, and its relative distance; only where weights are to be alike"
+    )
+    first_divergence: dict[str, Any] | None = Field(None, description="where the most likely token first differs")
+    first_template_difference: dict[str, Any] | None = Field(None, description="the first prompt with other tokens")
+
+
+class Hop(Meeting):
+    """From one form of the model to the next, and whether it did what such a step may do."""
+
+    parent: str = Field(description="the model before")
+    name: str = Field(description="the model that was made from it")
+    expects: Literal["exact", "rounded", "learned"] = Field(
+        description="what the step may change: nothing, the order of tokens of about the same probability, or all (then it is not judged)"
+    )
+    at_least: float | None = Field(
+        description="`token_agreement` (exact) or `kept` (rounded) that it must reach; null: not judged"
+    )
+    broke: Literal["", "template", "weights", "nothing compared"] = Field(description="what it broke; empty: nothing")
+    says: str = Field(description="the same as a sentence")
+
+
 class Report(Value):
     """The whole of report.json."""
 
@@ -270,6 +310,9 @@ class Report(Value):
     variants: tuple[Variant, ...] = Field(description="teacher first, then student, then baselines")
     comparisons: tuple[Comparison, ...] = Field(
         description="what each step from teacher to shipped student changes; those whose variants are there"
+    )
+    hops: tuple[Hop, ...] = Field(
+        (), description="what each step between two forms of the model kept of it; empty: not compared"
     )
     no_teacher_baseline: NoTeacher = Field(description="the same student without the teacher")
     data: DataSummary = Field(description="how the data was split")

@@ -465,11 +465,15 @@ class Convert(Value):
     min_token_agreement: Share = Field(
         0.99, description="an fp32 conversion whose next tokens agree less with torch is an error"
     )
+    min_kept: Share = Field(
+        0.85,
+        description="a step that rounds is called broken in the report if its choices have less of the probability of those before",
+    )
 
     def onnx(self, precision: Precision) -> dict[str, Any]:
         """The parameters of a conversion to ONNX Runtime GenAI in a precision; `rounding` may still be open."""
         mixed = precision == "int4" and self.embedding_precision == "int8"
-        left_out = {"format", "also", "importance"} | (set() if mixed else {"embedding_precision"})
+        left_out = {"format", "also", "importance", "min_kept"} | (set() if mixed else {"embedding_precision"})
         return self.model_dump(mode="json", exclude=left_out) | {"precision": precision}
 
 

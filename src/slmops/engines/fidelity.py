@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from slmops.core.engine import Engine, Sampling
 from slmops.core.example import Example
 from slmops.core.method import Context
+from slmops.engines.chain import CONTINUATION, kl
 from slmops.errors import ConversionError
 from slmops.store.rows import read_examples
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-CONTINUATION = 32
-"""Tokens of each greedy answer that are compared."""
 
 
 def choose(data: Path, count: int) -> list[Example]:
@@ -70,8 +68,7 @@ def compare(reference: Engine, converted: Engine, examples: Sequence[Example], o
             wanted, got = a.argmax(-1), b.argmax(-1)
             positions += len(a)
             agreed += int((wanted == got).sum())
-            p, q = _log_softmax(a), _log_softmax(b)
-            divergence += float((np.exp(p) * (p - q)).sum())
+            divergence += kl(a, b)
             largest = max(largest, float(np.abs(a - b).max()))
             if first is None and (wanted != got).any():
                 step = int((wanted != got).argmax())
@@ -213,11 +210,3 @@ def _rows(engine: Any, ids: list[int], start: int) -> NDArray[np.float64]:
 
     rows: NDArray[np.float64] = np.asarray(engine.logits(ids, start), np.float64)
     return rows
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    import numpy as np
-
-    shifted = logits - logits.max(-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

@@ -87,6 +87,10 @@ class LlamaCppEngine:
     def _text(self, token: int) -> str:
         return self._pieces([token], special=True).decode("utf-8", "replace") if 0 <= token < self._size else ""
 
+    def token_texts(self) -> list[str]:
+        """What each token id stands for, as the file spells it."""
+        return [self._lib.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for i in range(self._size)]
+
     def use(self, adapter: str | None) -> None:
         """Answer with this adapter from now on; None: with the base alone.
 

@@ -28,11 +28,15 @@ MAX_BATCH = 64
 
 
 class TorchEngine:
-    """A causal language model in PyTorch. See `slmops.core.engine.Engine`."""
+    """A causal language model in PyTorch. See `slmops.core.engine.Engine`.
+
+    Args:
+        adapter: folder of an adapter in PEFT's form, which is computed beside the base's weights and not merged into them.
+    """
 
     name = "torch"
 
-    def __init__(self, folder: Path, *, threads: int = 1) -> None:
+    def __init__(self, folder: Path, *, threads: int = 1, adapter: Path | None = None) -> None:
         try:
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,11 +50,25 @@ class TorchEngine:
             self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except Exception as error:
             raise ModelError(f"{folder} cannot be loaded: {error}", "the folder is damaged, or too new") from error
+        if adapter is not None:
+            self._put_on(adapter)
         if self.tokenizer.chat_template is None:
             raise ModelError(f"{folder} has no chat template", "add a chat_template.jinja to the folder")
         self.model.eval()
         self.context_length = int(getattr(self.model.config, "max_position_embeddings", 0) or 2048)
         self.end_ids = _end_ids(folder, config, self.tokenizer)
+
+    def _put_on(self, adapter: Path) -> None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise MissingExtraError("peft", "train") from error
+        try:
+            self.model = PeftModel.from_pretrained(self.model, str(adapter))
+        except Exception as error:
+            raise ModelError(
+                f"{adapter} cannot be loaded: {error}", "give the base that the adapter belongs to"
+            ) from error
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the rendered prompt, ready for the answer."""

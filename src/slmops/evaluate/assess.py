@@ -165,6 +165,7 @@ class _Assessment:
             gates=gates,
             variants=variants,
             comparisons=comparisons,
+            hops=self.material.hops,
             no_teacher_baseline=r.NoTeacher(few=self.baseline("few"), all=self.baseline("all")),
             data=data_summary(self.material.info),
             synthesis=synthesis(self.material.synthesis),

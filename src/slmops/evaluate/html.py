@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from slmops.evaluate import plots, words
-from slmops.evaluate.text import STEPS
+from slmops.evaluate.text import STEPS, hop_rows
 from slmops.evaluate.words import NOUNS
 
 Json = Mapping[str, Any]
@@ -85,6 +85,9 @@ def render_html(report: Json) -> str:
         memory=_bars(report, lambda v: (v["memory"] or {}).get("over_baseline_bytes"), "memory"),
         sizes=_bars(report, lambda v: {"value": v["file_bytes"], "low": None, "high": None}, "model file"),
         curves=_curves(report),
+        hops=hop_rows(report.get("hops", ())),
+        least={hop["expects"]: hop["at_least"] for hop in report.get("hops", ())},
+        broken=[hop["says"] for hop in report.get("hops", ()) if hop["broke"]],
         baselines=[b for b in report["no_teacher_baseline"].values() if b],
     )
 

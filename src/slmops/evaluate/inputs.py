@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.core.method import named_inputs
+from slmops.core.report import Hop
 from slmops.errors import DataError
 
 NOT_SHIPPED = ("fidelity.json", "training.json")
@@ -78,6 +79,7 @@ class Material:
     converted: Mapping[str, Converted] = field(default_factory=dict)
     synthesis: Mapping[str, Any] | None = None
     self_check: Mapping[str, Any] | None = None
+    hops: tuple[Hop, ...] = ()
 
 
 def read_material(inputs: Mapping[str, Path]) -> Material:
@@ -104,7 +106,24 @@ def read_material(inputs: Mapping[str, Path]) -> Material:
         converted={name: _converted(path) for name, path in named_inputs(inputs, "converted").items()},
         synthesis=_side(inputs.get("synthetic"), "stats.json"),
         self_check=_side(inputs.get("logits"), "self_check.json"),
+        hops=read_hops(inputs["fidelity"]) if "fidelity" in inputs else (),
     )
+
+
+def read_hops(folder: Path) -> tuple[Hop, ...]:
+    """What `evaluate.fidelity` wrote into a folder.
+
+    Raises:
+        DataError: it is not there, or no list of hops.
+    """
+    from pydantic import ValidationError
+
+    file = folder / "fidelity.json"
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(Hop.model_validate(hop, strict=False) for hop in whole["hops"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise DataError(f"no comparison of hops: {error}", "compare again with `slmops run`", file=str(file)) from error
 
 
 def _side(folder: Path | None, name: str) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ DECLARATION = Declaration(
         "data": "dataset",
         "predictions*": "predictions",
         "measurement?": "measurement",
+        "fidelity?": "fidelity",
         "synthetic?": "dataset",
         "logits?": "logits",
         "training*": "model",

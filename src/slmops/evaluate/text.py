@@ -20,6 +20,14 @@ STEPS = {
     "as_shipped": "against the teacher as it runs today",
 }
 
+FOUND = {
+    "": "kept",
+    "template": "broke the chat template",
+    "weights": "broke the weights",
+    "nothing compared": "not compared",
+}
+"""What a hop did, in words."""
+
 
 def render_text(report: Json) -> str:
     """The verdict, the headline, every variant, the deltas, the baselines and the gates, in at most 100 columns."""
@@ -28,9 +36,12 @@ def render_text(report: Json) -> str:
     lines = [head, f"{WORDS[report['verdict']]}  {report['says']}", ""]
     if not report["gates"]:
         lines[1] = f"NO GATES  {report['says']}"
+    lines[2:2] = broken_lines(report.get("hops", ()))
     lines += [*_headline(report["headline"]), "", *_variants(report), ""]
     if report["comparisons"]:
         lines += [*_comparisons(report), ""]
+    if report.get("hops"):
+        lines += [*_table(hop_rows(report["hops"]), right=range(1, 5)), ""]
     baselines = [b for b in report["no_teacher_baseline"].values() if b]
     if baselines:
         lines += ["Without the teacher", *(f"  {line}" for b in baselines for line in _wrapped(b["says"], 96)), ""]
@@ -93,6 +104,26 @@ def _comparisons(report: Json) -> list[str]:
             ]
         )
     return _table(rows, right=range(1, len(rows[0])))
+
+
+def hop_rows(hops: Sequence[Json]) -> list[tuple[str, ...]]:
+    """Hops as rows of a table, its head first."""
+    rows: list[tuple[str, ...]] = [
+        ("from one form to the next", "same tokens", "kept", "KL", "same answers", "finding")
+    ]
+    for hop in hops:
+        agreement, divergence = hop["token_agreement"], hop["mean_kl"]
+        rows.append((
+            f"{hop['parent']} → {hop['name']}", percent(agreement), percent(hop["kept"]),
+            "–" if divergence is None else f"{divergence:.4f}", percent(hop["same_answers"]),
+            FOUND[hop["broke"]] if hop["broke"] or hop["at_least"] is not None else "not judged",
+        ))  # fmt: skip
+    return rows
+
+
+def broken_lines(hops: Sequence[Json]) -> list[str]:
+    """What broke the model, hop by hop; nothing if none did."""
+    return [line for hop in hops if hop["broke"] for line in _wrapped(f"BROKEN  {hop['says']}", 98)]
 
 
 def _less(reduction: float | None) -> str:

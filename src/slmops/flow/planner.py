@@ -32,7 +32,7 @@ from slmops.core.spec import (
 )
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
-from slmops.flow import adapters
+from slmops.flow import adapters, chain
 from slmops.train.shape import parameters
 
 SMALL = 30_000_000
@@ -655,11 +655,12 @@ class _Builder:
         }
         inputs = {f"model.{variant}": step for variant, (step, _runtime) in measured.items()} | {"data": "data"}
         self.add("measure", "evaluate.measure", measure, "latency and memory, fresh processes", inputs, seed=0)
+        self._fidelity(models)
         evaluate = _json(spec.evaluate)
         params = {
             "name": spec.name, "version": spec.version, "task": _json(spec.task), "evaluate": evaluate, "shipped": shipped,
         }  # fmt: skip
-        inputs = {"data": "data", "measurement": "measure"} | predictions
+        inputs = {"data": "data", "measurement": "measure", "fidelity": "fidelity"} | predictions
         inputs |= {
             f"training.{name}": name
             for name in ("teacher", "student", "few", "all")
@@ -680,3 +681,16 @@ class _Builder:
         }
         inputs = {"model": models[shipped][0], "report": "report", "data": "data"}
         self.add("bundle", "bundle.assemble", bundle, "the folder that ships", inputs, threads=1, seed=0)
+
+    def _fidelity(self, models: Mapping[str, tuple[str, str]]) -> None:
+        """`fidelity`: what each hop from the teacher to every form of the student keeps."""
+        convert, teacher = self.spec.convert, self.spec.teacher
+        guided = teacher is not None and teacher.instructed
+        links, inputs = chain.chain(self.spec, self.steps, models, guided)
+        params = {
+            "links": [_json(link) for link in links], "prompts": convert.fidelity_prompts, "exact": convert.min_token_agreement,
+            "rounded": convert.min_kept, "guided": _json(self.spec.task) if guided else None,
+        }  # fmt: skip
+        threads = self._teacher_threads() if "model.teacher" in inputs else 1
+        self.add("fidelity", "evaluate.fidelity", params, "each form against the one before", inputs | {"data": "data"},
+                 seed=self.spec.seed if guided else 0, threads=threads)  # fmt: skip
