@@ -148,6 +148,20 @@ def test_the_search_guide_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_fit_guide_runs(tmp_path: Path) -> None:
+    """On the project of the first guide, with the section that the guide adds to its file."""
+    first = blocks(ROOT / "docs" / "guides" / "your-own-task.md")
+    subprocess.run([sys.executable, "-c", first[0][1]], cwd=tmp_path, check=True, timeout=60)
+    found = blocks(ROOT / "docs" / "guides" / "fit.md")
+    (added,) = [text for kind, text in found if kind == "yaml"]
+    (tmp_path / "slmops.yaml").write_text(first[1][1] + added)
+    commands = [text for kind, text in found if kind == "sh"]
+    for text in commands:
+        assert "slmops run --set " in shell(text, tmp_path)
+    assert len(commands) == 2 and (tmp_path / "outputs" / "own-task" / "fit.html").exists()
+
+
+@pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path) -> None:
     """Every `sh` block of the README, in order, in one folder. `make test` itself is the one that runs this."""
     demo = tmp_path / "demo"

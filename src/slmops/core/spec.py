@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from slmops.core.fit import FitSpec
 from slmops.core.model import Value
 from slmops.core.search import Search
 
@@ -569,4 +570,5 @@ class Spec(Value):
     convert: Convert = Convert()
     evaluate: Evaluate = Evaluate()
     search: Search | None = None
+    fit: FitSpec = FitSpec()
     tracking: Tracking = Tracking()

@@ -51,10 +51,11 @@ class Params(BaseParams):
     threads: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     warmup: Annotated[int, Field(ge=0)] = 5
+    split: Literal["test", "validation"] = "test"
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
-    """Measure every variant on test prompts of `inputs["data"]`."""
+    """Measure every variant on prompts of `inputs["data"]`: of the test data, where nothing is chosen by what is found."""
     import tempfile
 
     from slmops.engines import detect
@@ -67,7 +68,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             raise ModelError(f"{name} is not a model for {params.variants[name]}", "measure it in its own runtime")
     if not folders:
         raise UsageError("there is nothing to measure", "name at least one variant")
-    ids, prompts = choose(inputs["data"], params.prompts)
+    ids, prompts = choose(inputs["data"], params.prompts, params.split)
     job = {
         "threads": params.threads or ctx.threads,
         "max_new_tokens": params.max_new_tokens,
@@ -121,11 +122,13 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     return {"variants": sorted(folders), "prompts": len(kept), "rounds": params.rounds, "threads": job["threads"]}
 
 
-def choose(data: Path, count: int) -> tuple[list[str], list[list[dict[str, str]]]]:
-    """Ids and messages of `count` test prompts, those with the smallest ids."""
-    from slmops.evaluate.predict import read_test
+def choose(
+    data: Path, count: int, split: Literal["test", "validation"] = "test"
+) -> tuple[list[str], list[list[dict[str, str]]]]:
+    """Ids and messages of `count` prompts of a split, those with the smallest ids."""
+    from slmops.evaluate.predict import read_split
 
-    examples = sorted(read_test(data, count), key=lambda e: e.id)
+    examples = sorted(read_split(data, split, count), key=lambda e: e.id)
     return [e.id for e in examples], [e.prompt_messages() for e in examples]
 
 

@@ -34,7 +34,8 @@ DECLARATION = Declaration(
 
 
 class Params(BaseParams):
-    """`max_examples` keeps that many examples of the split, those with the smallest ids; None keeps all.
+    """`max_examples` keeps that many examples of the split, those with the smallest ids; None keeps all. Of these, `skip` are left
+    out, those with the smallest ids: so a split can be answered part by part.
 
     `adapter`: the one of the model's adapters that answers (`convert.onnx_adapters`).
     `guided`: the task, for a model that is told it in words, with `shots` gold examples before each question.
@@ -44,6 +45,7 @@ class Params(BaseParams):
     adapter: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     max_examples: Annotated[int, Field(ge=1)] | None = None
+    skip: NonNegative = 0
     guided: Task | None = None
     shots: NonNegative = 8
     split: Literal["test", "validation"] = "test"
@@ -53,7 +55,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     """Answer `test.jsonl` (or `validation.jsonl`) of `inputs["data"]` with `inputs["model"]`."""
     from slmops.engines import open_engine
 
-    examples = read_split(inputs["data"], params.split, params.max_examples)
+    examples = read_split(inputs["data"], params.split, params.max_examples, params.skip)
     asked, tidy = questions(inputs["data"], examples, params.guided, params.shots, ctx.seed)
     engine = open_engine(inputs["model"], threads=ctx.threads, kind=params.runtime, adapter=params.adapter)
     ctx.progress.start(f"answering {params.split} prompts", len(examples), "prompts")
@@ -125,8 +127,12 @@ def read_test(data: Path, limit: int | None) -> list[Example]:
     return read_split(data, "test", limit)
 
 
-def read_split(data: Path, split: Literal["test", "validation"], limit: int | None) -> list[Example]:
-    """The examples of a split, all of which must have gold answers, at most `limit`, in the order of the file.
+def read_split(data: Path, split: Literal["test", "validation"], limit: int | None, skip: int = 0) -> list[Example]:
+    """The examples of a split, all of which must have gold answers, in the order of the file.
+
+    Args:
+        limit: at most so many, those with the smallest ids.
+        skip: so many of them are left out, those with the smallest ids.
 
     Raises:
         DataError: the split is missing or empty, or an example has no gold answer.
@@ -144,7 +150,7 @@ def read_split(data: Path, split: Literal["test", "validation"], limit: int | No
         raise DataError(
             f"the {split} split is empty", f"give {split} data or a larger data.splits.{split}", file=str(path)
         )
-    if limit is not None and limit < len(examples):
-        kept = sorted(range(len(examples)), key=lambda i: (examples[i].id, i))[:limit]
+    if skip or (limit is not None and limit < len(examples)):
+        kept = sorted(range(len(examples)), key=lambda i: (examples[i].id, i))[skip:limit]
         examples = [examples[i] for i in sorted(kept)]
     return examples

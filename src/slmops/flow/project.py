@@ -24,6 +24,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
+from slmops.core.fit import FitSpec
 from slmops.core.spec import Spec
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError, UsageError
@@ -125,6 +126,12 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Project:
         from slmops.flow import search_space
 
         wrong = search_space.problems(spec)
+        if wrong:
+            raise SpecError([places.find(problem) for problem in wrong], SEE)
+    if spec.fit != FitSpec():
+        from slmops.flow import fit_plan
+
+        wrong = fit_plan.problems(spec)
         if wrong:
             raise SpecError([places.find(problem) for problem in wrong], SEE)
     return Project(file.resolve(), file.resolve().parent, spec, places)

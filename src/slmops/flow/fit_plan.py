@@ -1,0 +1,206 @@
+"""What `slmops fit` may choose from: candidates, each with the steps that make, time and question it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from slmops.core.digest import canonical_json
+from slmops.core.fit import Budgeted, combinations
+from slmops.core.spec import Spec
+from slmops.core.step import Step
+from slmops.errors import Problem, SpecError, UsageError
+from slmops.flow.planner import check, plan
+from slmops.flow.project import spec_problems
+from slmops.flow.search_plan import merge
+from slmops.flow.search_space import APART, shown, touches, with_values
+from slmops.train.shape import parameters
+
+ONNX = "onnx"
+TIMING = "fit-time"
+LEAST_BITS = 4
+"""Fewest bits a weight in any form of a student that was not trained for fewer."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student in one form.
+
+    Attributes:
+        number: its place among all.
+        values: of keys in which its project differs.
+        form: `onnx`, or one of convert.also.
+        steps: the plan of its project; `asked`: the one of them that answers the test data.
+        parameters: of its student, before it is made; None: not known.
+    """
+
+    number: int
+    name: str
+    values: Mapping[str, Any]
+    form: str
+    steps: tuple[Step, ...]
+    asked: Step
+    parameters: int | None = None
+
+    @property
+    def model(self) -> str:
+        """The step that makes its model."""
+        return self.asked.inputs["model"]
+
+    @property
+    def runtime(self) -> str:
+        """What runs it."""
+        return str(self.asked.params["runtime"])
+
+
+@dataclass(frozen=True)
+class Space:
+    """Candidates, and the combinations that make no project, with the reason."""
+
+    candidates: tuple[Candidate, ...]
+    impossible: tuple[Budgeted, ...] = field(default=())
+
+
+def space(spec: Spec, also: Sequence[str]) -> Space:
+    """All candidates of a spec, each once: what the same steps make is one.
+
+    Args:
+        also: forms beside the one that ships.
+
+    Raises:
+        UsageError: no combination makes a project.
+    """
+    found: list[Candidate] = []
+    impossible: list[Budgeted] = []
+    seen: set[str] = set()
+    for values in combinations(spec.fit.vary):
+        for form in (ONNX, *also):
+            name = _name(spec, values, form)
+            try:
+                changed = with_values(spec, dict(values) | {"convert.also": [] if form == ONNX else [form]})
+                problems = check(changed)
+            except (ValidationError, SpecError) as error:
+                problems = list(error.problems) if isinstance(error, SpecError) else spec_problems(error)
+            if problems:
+                if form == ONNX:
+                    impossible.append(
+                        Budgeted(name=name, values=dict(values), form=form, state="impossible", says=str(problems[0]))
+                    )
+                continue
+            steps = plan(changed)
+            variant = f"student-{changed.convert.precision if form == ONNX else form}"
+            asked = next(step for step in steps if step.id == f"predict-{variant}")
+            content = _content(steps, asked)
+            if content in seen:
+                continue
+            seen.add(content)
+            size = _parameters(changed)
+            found.append(Candidate(len(found), name, dict(values), form, steps, asked, size))
+    if not found:
+        raise UsageError(
+            "no combination of fit.vary makes a project" + (f": {impossible[0].says}" if impossible else ""),
+            "change fit.vary",
+        )
+    return Space(tuple(found), tuple(impossible))
+
+
+def problems(spec: Spec) -> list[Problem]:
+    """What is wrong with a spec's section `fit`."""
+    found = []
+    for key, values in spec.fit.vary.items():
+        apart = next((name for name in APART if touches(name, key)), None)
+        at = f"fit.vary.{key}"
+        if apart is not None:
+            found.append(Problem(f"cannot be varied: {APART[apart]}", "take it out of fit.vary", path=at))
+        elif key == "convert.also":
+            found.append(Problem("cannot be varied", "name forms in fit.also", path=at))
+        elif not values:
+            found.append(Problem("has no values", "give at least one", path=at))
+        for value in values if apart is None else ():
+            try:
+                with_values(spec, {key: value})
+            except ValidationError as error:
+                first = spec_problems(error)[0]
+                found.append(Problem(f"{shown(value)}: {first.message}", first.hint, path=at))
+    return found
+
+
+def _name(spec: Spec, values: Mapping[str, Any], form: str) -> str:
+    """The form, and the values in which it differs from the file's own."""
+    convert = form != ONNX
+    said = []
+    for key, value in values.items():
+        if (convert and key.startswith("convert.")) or key == "convert.precision" or value == value_at(spec, key):
+            continue
+        said.append(f"{key.rpartition('.')[2]}={shown(value)}")
+    precision = values.get("convert.precision", spec.convert.precision)
+    return " ".join([form if convert else f"{ONNX}-{precision}", *said])
+
+
+def value_at(spec: Spec, key: str) -> Any:
+    """What the file says at a dotted key; None where there is nothing."""
+    node: Any = spec
+    for part in key.split("."):
+        node = getattr(node, part, None)
+    return node
+
+
+def _parameters(spec: Spec) -> int | None:
+    tokenizer = spec.student.tokenizer
+    if spec.student.model is None:
+        return None
+    if tokenizer == "teacher":
+        if spec.teacher is None or spec.teacher.model is None:
+            return None
+        tokenizer = spec.teacher.tokenizer
+    return parameters(spec.student.model, tokenizer.vocabulary)
+
+
+def _content(steps: Sequence[Step], asked: Step) -> str:
+    """What makes a candidate's model, whatever its steps are called."""
+    known = {step.id: step for step in steps}
+
+    def of(id: str) -> Any:
+        step = known[id]
+        inputs = {name: of(other) for name, other in step.inputs.items()}
+        return [step.method, step.params, inputs, dict(step.sources), step.seed]
+
+    return canonical_json([asked.method, of(asked.inputs["model"])])
+
+
+def timing(candidate: Candidate, spec: Spec, threads: int) -> Step:
+    """The step that times a candidate on validation prompts, in fresh processes."""
+    measure = spec.evaluate.measure.model_dump(mode="json") | {
+        "variants": {"student": candidate.runtime}, "max_new_tokens": spec.evaluate.max_new_tokens, "split": "validation",
+        "threads": threads,
+    }  # fmt: skip
+    inputs = {"model.student": candidate.model, "data": "data"}
+    return Step(TIMING, "evaluate.measure", measure, inputs, about=f"time and memory of {candidate.name}")
+
+
+def answers(candidate: Candidate, start: int, end: int) -> Step:
+    """The step that answers the validation examples from `start` to `end`, by their ids."""
+    asked = candidate.asked
+    params = dict(asked.params) | {"split": "validation", "max_examples": end, "skip": start}
+    about = f"{candidate.name} on {end - start} validation examples"
+    return Step(
+        f"fit-answers-{end}",
+        asked.method,
+        params,
+        dict(asked.inputs),
+        dict(asked.sources),
+        asked.seed,
+        asked.threads,
+        about,
+    )
+
+
+def joined(
+    base: Sequence[Step], all: Sequence[Candidate], more: Mapping[int, Sequence[Step]]
+) -> tuple[list[Step], dict[int, dict[str, str]]]:
+    """One plan of candidates' steps and some more of each; names as in `slmops.flow.search_plan.merge`."""
+    merged = merge(base, {one.number: [*one.steps, *more.get(one.number, ())] for one in all})
+    return list(merged.steps), {number: dict(names) for number, names in merged.names.items()}
