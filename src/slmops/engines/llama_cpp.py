@@ -8,15 +8,14 @@ runtime does by default. `use` switches between the adapters that `convert.gguf_
 from __future__ import annotations
 
 import ctypes
-import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.engine import Generation, Sampling
-from slmops.engines import check_room, clean, no_room
+from slmops.engines import no_room, one_by_one
 from slmops.engines.adapters import adapter_file
+from slmops.engines.plain_tokenizer import compile_template, render
 from slmops.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class LlamaCppEngine:
         if kind == "phi3" and first:  # with more room the runtime takes other positions for short texts too
             self.context_length = min(self.context_length, int(first))
         self.end_ids = frozenset(i for i in range(self._size) if llama_cpp.llama_vocab_is_eog(self._vocab, i))
-        self._template = _template(self._about("tokenizer.chat_template", 1 << 20), folder)
+        self._template = compile_template(self._about("tokenizer.chat_template", 1 << 20), folder)
         self._marks = {
             "bos_token": self._text(llama_cpp.llama_vocab_bos(self._vocab)),
             "eos_token": self._text(llama_cpp.llama_vocab_eos(self._vocab)),
@@ -128,11 +127,7 @@ class LlamaCppEngine:
         """Token ids of the rendered prompt, ready for the answer."""
         if self._template is None:
             raise ModelError(f"{self._folder} has no chat template", "convert a model that has one")
-        try:
-            text = self._template.render(messages=clean(messages), add_generation_prompt=True, **self._marks)
-        except Exception as error:
-            raise ModelError(f"the chat template failed: {error}", "check chat_template.jinja of the model") from error
-        return self.tokenize(text)
+        return self.tokenize(render(self._template, messages, self._marks))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens."""
@@ -155,32 +150,9 @@ class LlamaCppEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_done: Callable[[int], None] | None = None
     ) -> list[Generation]:
         """One answer per prompt, one prompt after the other. With sampling, prompt i is seeded with `seed + i`."""
-        check_room(prompts, self.context_length)
-        answers = []
-        for index, prompt in enumerate(prompts):
-            answers.append(self._one(prompt, sampling, index))
-            if on_done:
-                on_done(1)
-        return answers
+        return one_by_one.generate(self, prompts, sampling, on_done)
 
-    def _one(self, prompt: Sequence[int], sampling: Sampling, index: int) -> Generation:
-        started = time.perf_counter()
-        room = min(sampling.max_new_tokens, self.context_length - len(prompt))
-        random = self._np.random.default_rng(sampling.seed + index) if sampling.temperature else None
-        self._ready(len(prompt) + room)
-        row = self._feed(prompt, 0)[-1]
-        tokens: list[int] = []
-        first = 0.0
-        while True:
-            tokens.append(_pick(row, sampling, random))
-            first = first or time.perf_counter() - started
-            if len(tokens) == room or (tokens[-1] in self.end_ids and not sampling.ignore_end):
-                break
-            row = self._feed(tokens[-1:], len(prompt) + len(tokens) - 1)[-1]
-        total = time.perf_counter() - started
-        return Generation(self.decode(tokens), tuple(tokens), tokens[-1] in self.end_ids, first, total)
-
-    def _ready(self, length: int) -> None:
+    def start(self, length: int) -> None:
         """An empty context with room for `length` tokens."""
         lib = self._lib
         if self._context is None or length > self._length:
@@ -201,7 +173,12 @@ class LlamaCppEngine:
             self._apply()
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
 
-    def _feed(self, ids: Sequence[int], at: int, rows: int = 1) -> NDArray[np.float32]:
+    def feed(self, ids: Sequence[int], at: int) -> NDArray[np.float32]:
+        """Put ids into the context from position `at`; the logits after the last of them, (vocabulary,)."""
+        row: NDArray[np.float32] = self._feed(ids, at, 1)[-1]
+        return row
+
+    def _feed(self, ids: Sequence[int], at: int, rows: int) -> NDArray[np.float32]:
         """Put ids into the context from position `at`; the logits of the last `rows` of them, (rows, vocabulary)."""
         found = []
         for start in range(0, len(ids), CHUNK):
@@ -225,7 +202,7 @@ class LlamaCppEngine:
         """Teacher-forced logits, float32 (len(ids) - start, vocabulary): the rows from position `start` on."""
         if not 0 < len(ids) <= self.context_length:
             raise no_room(0, len(ids), self.context_length)
-        self._ready(len(ids))
+        self.start(len(ids))
         return self._feed(ids, 0, len(ids) - start)
 
     def close(self) -> None:
@@ -261,53 +238,3 @@ def complaint() -> str:
     """The runtime's last error lines, and forget them."""
     lines, _log["lines"] = _log["lines"], []
     return " ".join(lines) or "it does not say why"
-
-
-def _template(text: str, folder: Path) -> Any:
-    """The chat template of a model, None if there is none."""
-    if not text:
-        return None
-    from jinja2 import TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = time.strftime
-    environment.filters["tojson"] = _json
-    try:
-        return environment.from_string(text)
-    except TemplateSyntaxError as error:
-        raise ModelError(
-            f"the chat template of {folder} cannot be read: {error}", "mend chat_template.jinja"
-        ) from error
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    """As transformers writes JSON in a template; jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _pick(row: NDArray[np.float32], sampling: Sampling, random: Any) -> int:
-    """Choose a token from its logits (vocabulary,): the most likely one, the lowest id on ties, or by chance."""
-    import numpy as np
-
-    if random is None:
-        return int(row.argmax())
-    scores = row.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scores, kind="stable")
-    chances = np.exp(scores[order] - scores[order[0]])
-    chances /= chances.sum()
-    if sampling.top_k:
-        chances[sampling.top_k :] = 0.0
-    if sampling.top_p < 1.0:
-        chances[chances.cumsum() - chances >= sampling.top_p] = 0.0
-    heap = chances.cumsum()
-    return int(
-        order[min(int(np.searchsorted(heap, random.random() * heap[-1], "right")), int((chances > 0).sum()) - 1)]
-    )

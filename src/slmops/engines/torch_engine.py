@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from slmops.core.digest import digest_json
 from slmops.core.engine import Generation, Sampling
 from slmops.engines import check_room, clean, no_room, read_json
+from slmops.engines.plain_tokenizer import end_ids
 from slmops.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class TorchEngine:
             raise ModelError(f"{folder} has no chat template", "add a chat_template.jinja to the folder")
         self.model.eval()
         self.context_length = int(getattr(self.model.config, "max_position_embeddings", 0) or 2048)
-        self.end_ids = _end_ids(folder, config, self.tokenizer)
+        self.end_ids = end_ids(folder, config, self.tokenizer.eos_token_id)
 
     def _put_on(self, adapter: Path) -> None:
         try:
@@ -200,16 +201,3 @@ def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
 def _seed(seed: int, prompt: Sequence[int], occurrence: int) -> int:
     """63 bits from the call's seed, the prompt and its number among equal prompts."""
     return int(digest_json([seed, list(prompt), occurrence])[7:23], 16) >> 1
-
-
-def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer."""
-    path = folder / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    if found is None:
-        found = config.get("eos_token_id")
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        raise ModelError(f"{folder} names no end token", "set eos_token_id in generation_config.json")
-    return frozenset(found if isinstance(found, list) else [found])

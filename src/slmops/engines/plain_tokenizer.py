@@ -1,0 +1,134 @@
+"""The tokenizer and chat template of a Hugging Face folder without transformers: what small runtimes need, in a tenth of its memory.
+
+Law: ids are those of transformers' fast tokenizer of the folder. Conversions are checked for it (`fidelity`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slmops.engines import clean, read_json
+from slmops.errors import MissingExtraError, ModelError
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json",
+)  # fmt: skip
+"""What a converted folder takes over from a Hugging Face model, byte for byte."""
+
+
+class PlainTokenizer:
+    """`tokenizer.json` and the template of a folder.
+
+    Args:
+        extra: the pip extra that brings the package `tokenizers` to the runtime which asks.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the template cannot be read.
+        MissingExtraError: `tokenizers` is not installed.
+    """
+
+    def __init__(self, folder: Path, extra: str) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise MissingExtraError("tokenizers", extra) from error
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(f"{folder} has no tokenizer.json", "convert the model again")
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise ModelError(f"{file} cannot be read: {error}", "convert the model again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        settings = read_json(folder / "tokenizer_config.json")
+        place = folder / "chat_template.jinja"
+        text = place.read_text(encoding="utf-8") if place.is_file() else settings.get("chat_template")
+        self._folder = folder
+        self._template = compile_template(text if isinstance(text, str) else "", folder)
+        marks = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.marks = {name: _content(value) for name, value in marks.items() if value is not None}
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the rendered prompt, ready for the answer."""
+        if self._template is None:
+            raise ModelError(f"{self._folder} has no chat template", "convert a model that has one")
+        text = render(self._template, messages, self.marks)
+        return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+
+def end_ids(folder: Path, config: dict[str, Any], fallback: int | None) -> frozenset[int]:
+    """Ids that end an answer: of generation_config.json, else config.json, else `fallback`, the tokenizer's.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    if found is None:
+        found = config.get("eos_token_id")
+    if found is None:
+        found = fallback
+    if found is None:
+        raise ModelError(f"{folder} names no end token", "set eos_token_id in generation_config.json")
+    return frozenset(found if isinstance(found, list) else [found])
+
+
+def _content(token: Any) -> str:
+    """A token's text: settings write it plainly, or with its flags."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def render(template: Any, messages: Sequence[dict[str, str]], marks: dict[str, str]) -> str:
+    """The text of a prompt, ready for the answer.
+
+    Raises:
+        ModelError: the template refuses the messages.
+    """
+    try:
+        return str(template.render(messages=clean(messages), add_generation_prompt=True, **marks))
+    except Exception as error:
+        raise ModelError(f"the chat template failed: {error}", "check chat_template.jinja of the model") from error
+
+
+def compile_template(text: str, folder: Path) -> Any:
+    """The chat template of a model, None if there is none."""
+    if not text:
+        return None
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = time.strftime
+    environment.filters["tojson"] = _json
+    try:
+        return environment.from_string(text)
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"the chat template of {folder} cannot be read: {error}", "mend chat_template.jinja"
+        ) from error
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """As transformers writes JSON in a template; jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
