@@ -35,6 +35,11 @@ $(VENV)/.llamacpp: pyproject.toml constraints.txt $(VENV)/.dev
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llamacpp]'
 	@touch $@
 
+# MLX and OpenVINO, which only slow tests need: 70 MB to fetch, 230 MB on the disk.
+$(VENV)/.formats: pyproject.toml constraints.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx,openvino]'
+	@touch $@
+
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
@@ -59,7 +64,7 @@ lint: $(VENV)/.dev
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
 
-test: lint $(VENV)/.llamacpp
+test: lint $(VENV)/.llamacpp $(VENV)/.formats
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --durations=12
 

@@ -103,7 +103,18 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
     assert steps["student-fp32"].inputs["model"] == "student-trimmed"
     assert steps["whole-int4"].inputs["model"] == "student"
     assert steps["student-gguf-q4_0"].inputs["model"] == "student-rounded"
-    assert steps["student-gguf-q8_0"].inputs["model"] == "student-trimmed"
+    assert (
+        steps["student-gguf-q8_0"].inputs["model"]
+        == steps["student-safetensors-bf16"].inputs["model"]
+        == "student-trimmed"
+    )
+    for form in ("mlx-int4", "openvino-int4"):
+        step = steps[f"student-{form}"]
+        assert step.inputs["model"] == "student-rounded" and step.params["rounding"] == "plain"
+        assert step.params["embedding_precision"] == "int8" and step.params["block_size"] == 32
+        assert steps[f"predict-student-{form}"].method == f"evaluate.predict_{form.partition('-')[0]}"
+    assert "model.student-mlx-int4" in steps["measure"].inputs
+    assert "model.student-safetensors-bf16" not in steps["measure"].inputs
     assert steps["student-int4"].params["embedding_precision"] == "int8"
     assert steps["student-int4"].params["rounding"] == "plain" and steps["nearest-int4"].params["rounding"] == "search"
 

@@ -38,6 +38,30 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 
 
 @pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A model's folder: by architecture, then changed in its config.json; norms and biases are random too."""
+    words = tmp_path_factory.mktemp("tokenizer")
+    _write_tokenizer(words)
+
+    def get(kind: str, **changes: Any) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = bases.save(kind, words, tmp_path_factory.mktemp(kind))
+        settings = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(settings))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            for parameter in model.parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+        model.save_pretrained(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def llama(make_model: MakeModel) -> Path:
     return make_model("Llama")
 

@@ -1,4 +1,4 @@
-"""Minimal models for both runtimes, made once."""
+"""Minimal models for each runtime, made once."""
 
 from __future__ import annotations
 

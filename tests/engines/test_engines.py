@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slmops.core.engine import Engine, Sampling
-from slmops.engines import open_engine
+from slmops.engines import detect, open_engine
 from slmops.engines.memory_engine import MemoryEngine
+from slmops.engines.minimal import write_minimal
+from slmops.engines.plain_tokenizer import PlainTokenizer
 from slmops.errors import ModelError
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module", params=["torch", "onnx_genai"])
-def engine(request: pytest.FixtureRequest, minimal_torch: Path, minimal_onnx: Path) -> Engine:
-    return open_engine(minimal_torch if request.param == "torch" else minimal_onnx, threads=1)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama_cpp", "mlx", "openvino")]
+
+
+@pytest.fixture(scope="module", params=["torch", "onnx_genai", *SLOW])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp(request.param)
+    write_minimal(folder, request.param)
+    assert detect(folder) == request.param
+    engine = open_engine(folder, threads=1)
+    yield engine
+    engine.close()
 
 
 def texts(engine: Engine, *words: str) -> list[list[int]]:
@@ -125,16 +136,18 @@ def test_picking_follows_the_distribution() -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40))
-def test_both_runtimes_read_the_same_ids(text: str, pair: tuple[Engine, Engine]) -> None:
+def test_all_runtimes_read_the_same_ids(text: str, readers: tuple[Engine | PlainTokenizer, ...]) -> None:
     message = [{"role": "user", "content": text.encode("utf-8", "ignore").decode()}]
-    torch_ids, onnx_ids = (engine.encode(message) for engine in pair)
-    assert torch_ids == onnx_ids
-    assert pair[0].decode(torch_ids[1:-2]) == pair[1].decode(onnx_ids[1:-2])
+    first, *others = readers
+    ids = first.encode(message)
+    for other in others:
+        assert other.encode(message) == ids
+        assert other.decode(ids[1:-2]) == first.decode(ids[1:-2])
 
 
 @pytest.fixture(scope="module")
-def pair(minimal_torch: Path, minimal_onnx: Path) -> tuple[Engine, Engine]:
-    return open_engine(minimal_torch), open_engine(minimal_onnx)
+def readers(minimal_torch: Path, minimal_onnx: Path) -> tuple[Engine | PlainTokenizer, ...]:
+    return open_engine(minimal_torch), open_engine(minimal_onnx), PlainTokenizer(minimal_torch, "mlx")
 
 
 def test_special_tokens_alone_decode_to_nothing(engine: Engine) -> None:

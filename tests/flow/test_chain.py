@@ -480,9 +480,13 @@ def test_a_student_ships_with_the_tokens_of_its_task_and_rounded_on_its_texts(fi
     assert 261 < after < before
 
 
+OTHER_FORMS = ["mlx-int4", "openvino-int4", "safetensors-bf16"]
+
+
 def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) -> None:
-    pytest.importorskip("llama_cpp", reason="needs the extra [llamacpp]")
-    convert = {"precision": "int4", "fidelity_prompts": 8, "also": ["gguf-fp16", "gguf-q4_0"]}
+    for name, extra in (("llama_cpp", "llamacpp"), ("mlx_lm", "mlx"), ("openvino", "openvino")):
+        pytest.importorskip(name, reason=f"needs the extra [{extra}]")
+    convert = {"precision": "int4", "fidelity_prompts": 8, "also": ["gguf-fp16", "gguf-q4_0", *OTHER_FORMS]}
     ran, report = go(variant(finished.folder, "forms", convert=convert))
     assert {"student-gguf-fp16", "predict-student-gguf-q4_0", "measure"} <= ran and "student" not in ran
     assert {"student-gguf-fp16", "student-gguf-q4_0", "student-int4"} <= set(variants(report))
@@ -494,6 +498,20 @@ def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) ->
     assert half.file_bytes is not None and half.file_bytes > forms["student-gguf-q4_0"].file_bytes  # type: ignore[operator]
     assert half.scores["accuracy"].value == pytest.approx(forms["student-fp32"].scores["accuracy"].value, abs=0.1)
     assert (finished.folder / "outputs" / "forms" / "gguf-q4_0" / "model.gguf").is_file()
+    runtimes = {
+        "mlx-int4": ("mlx", "MLX, int4"),
+        "openvino-int4": ("openvino", "OpenVINO, int4"),
+        "safetensors-bf16": ("torch", "PyTorch, bf16"),
+    }
+    for form, (runtime, about) in runtimes.items():
+        found = forms[f"student-{form}"]
+        assert found.runtime == runtime and found.about.endswith(about)
+        assert found.fidelity is not None and found.fidelity["template_equal"] == 1.0
+        assert (found.memory is None) == (found.latency is None) == (form == "safetensors-bf16")  # no server runs here
+        if form != "openvino-int4":  # whose graph is text, longer than the weights of so small a model
+            assert found.file_bytes is not None and found.file_bytes < forms["student-fp32"].file_bytes  # type: ignore[operator]
+        assert found.scores["accuracy"].value == pytest.approx(forms["student-int4"].scores["accuracy"].value, abs=0.15)
+        assert (finished.folder / "outputs" / "forms" / form / "config.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------ endpoints

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from slmops.core import method, runtimes
+from slmops.core import forms, method, runtimes
 from slmops.core.method import Context, Declaration, Facts
 from slmops.errors import ConversionError, MissingExtraError, ModelError
 
@@ -24,11 +24,12 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"
 
 class Params(method.Params):
     """`model`: the folder's name, or `hf:ORG/NAME[@REVISION]`; `runtime`: what it is converted for later, if anything; `gguf`: whether
-    it will be GGUF too."""
+    it will be GGUF too; `formats`: what other formats it will be in."""
 
     model: str
     runtime: Literal["onnx_genai"] | None = None
     gguf: bool = False
+    formats: tuple[str, ...] = ()
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -46,7 +47,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         source = _download(params.model, ctx)
     config = _check(source, params.model)
     refusal = runtimes.onnx_genai(config) if params.runtime else None
-    refusal = refusal or (runtimes.llama_cpp(config) if params.gguf else None)
+    for name in (*(["gguf"] if params.gguf else []), *params.formats):
+        refusal = refusal or forms.FORMATS[name].refuse(config)
     if refusal:
         raise ConversionError(f"{params.model}: {refusal.message}", refusal.hint)
     taken = sorted({path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})

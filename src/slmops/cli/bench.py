@@ -13,8 +13,8 @@ from slmops.errors import UsageError
 HELP = "measure how fast models run here and what they hold, across formats and runtimes"
 
 EPILOG = """\
-A MODEL is a folder in the form of Hugging Face, ONNX Runtime GenAI or GGUF, or NAME=FOLDER. Models run in turns, each in
-a fresh process per round, one answer at a time; numbers are medians, with the least and greatest round in JSON.
+A MODEL is a folder in the form of Hugging Face, ONNX Runtime GenAI, GGUF, MLX or OpenVINO, or NAME=FOLDER. Models run in turns,
+each in a fresh process per round, one answer at a time; numbers are medians, with the least and greatest round in JSON.
 
   slmops bench outputs/demo/bundle/model outputs/demo/student
   slmops bench int4=outputs/demo/bundle/model q4=outputs/demo/gguf-q4_0 --prompt 32 128 --new 64 --html bench.html"""

@@ -70,8 +70,10 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlflow": ("tracking in MLflow", ("mlflow-skinny", "sqlalchemy", "alembic")),
     "ray": ("steps on a Ray cluster", ("ray",)),
     "llamacpp": ("GGUF in fewer bits, running GGUF; compiled here", ("llama-cpp-python", "gguf")),
+    "mlx": ("writing and running MLX", ("mlx", "mlx-lm")),
+    "openvino": ("writing and running OpenVINO", ("openvino",)),
 }
-FEW = ("ray", "llamacpp")
+FEW = ("ray", "llamacpp", "mlx", "openvino")
 """Large extras that only some users want: they are missed only by those."""
 
 

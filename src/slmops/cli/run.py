@@ -20,6 +20,7 @@ from slmops.cli.common import (
     seconds,
     size,
 )
+from slmops.core import forms
 from slmops.core.layout import columns
 from slmops.errors import UsageError
 
@@ -141,7 +142,7 @@ def _print_end(report: dict[str, Any] | None, made: dict[str, Path]) -> None:
 
         print(render_text(report))
         rows.append(["report", str(made["report.html"])])
-    for name in ("bundle", "student", *(name for name in made if name.startswith("gguf-"))):
+    for name in ("bundle", "student", *(name for name in made if forms.of(name))):
         if name in made:
             held = size(sum(p.stat().st_size for p in made[name].rglob("*") if p.is_file()))
             rows.append([name, f"{made[name]} ({held})"])

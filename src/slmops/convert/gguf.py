@@ -257,18 +257,12 @@ def context(config: Mapping[str, Any]) -> tuple[int, list[str]]:
     length, window, differs = config["max_position_embeddings"], config.get("sliding_window"), []
     if config["model_type"] == "phi3":
         rotary = runtimes.rotary(config)
-        if rotary["rope_type"] == "longrope" and original(config, rotary) < length:
-            differs.append(f"positions, where room for more than {original(config, rotary)} tokens is asked for")
+        if rotary["rope_type"] == "longrope" and runtimes.first_context(config) < length:
+            differs.append(f"positions, where room for more than {runtimes.first_context(config)} tokens is asked for")
         if window and window < length:
             differs.append(f"the context, cut to the attention window of {window}")
             length = window
     return length, differs
-
-
-def original(config: Mapping[str, Any], rotary: Mapping[str, Any]) -> int:
-    """The context that a model with long rotary factors was first trained with."""
-    found = rotary.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return int(found or config["max_position_embeddings"])
 
 
 def write(
@@ -348,12 +342,10 @@ def hyperparameters(writer: Any, config: Mapping[str, Any], length: int) -> None
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotary["factor"])
     if config["model_type"] == "phi3":
-        first = original(config, rotary)
+        first = runtimes.first_context(config)
         writer.add_rope_scaling_orig_ctx_len(first)
         if rotary["rope_type"] == "longrope":
-            factor = rotary.get("factor") or config["max_position_embeddings"] / first
-            stretch = math.sqrt(1 + math.log(factor) / math.log(first)) if factor > 1 else 1.0
-            writer.add_rope_scaling_attn_factors(rotary.get("attention_factor") or stretch)
+            writer.add_rope_scaling_attn_factors(runtimes.stretch(config))
     windows = runtimes.sliding(config) if config["model_type"] == "gemma3_text" else []
     if any(windows):
         writer.add_sliding_window(config.get("sliding_window") or 4096)

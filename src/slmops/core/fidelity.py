@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from slmops.core.model import Value
 from slmops.core.report import Hop, Meeting
+from slmops.core.runtimes import Named
 
 Expect = Literal["exact", "rounded", "learned"]
 EXACT = 0.99
@@ -41,7 +42,7 @@ class Link(Value):
     name: str
     parent: str | None = None
     expects: Expect = "learned"
-    runtime: Literal["torch", "onnx_genai", "llama_cpp"] = "torch"
+    runtime: Named = "torch"
     adapter: bool = False
     guided: bool = False
     near: bool = False

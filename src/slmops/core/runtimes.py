@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+Named = Literal["torch", "onnx_genai", "llama_cpp", "mlx", "openvino"]
+"""The runtimes that models run in here."""
 ARCHITECTURES = (
     "Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
 )  # fmt: skip
 HEAD_MULTIPLE = 16
 LLAMA_CPP = {"gemma3_text": "GEMMA3", "llama": "LLAMA", "phi3": "PHI3", "qwen3": "QWEN3"}
 """model_type of Hugging Face to llama.cpp's architecture, for those that slmops writes as GGUF."""
+MLX_GROUPS = (32, 64, 128)
+"""Weights that share a scale in MLX."""
 ROTARY = {
     "gemma3_text": ("default", "linear"), "llama": ("default", "linear", "llama3"), "phi3": ("default", "longrope"),
     "qwen3": ("default", "linear"),
@@ -108,9 +113,63 @@ def sliding(config: Mapping[str, Any]) -> list[bool]:
 
 def llama_cpp(config: Mapping[str, Any]) -> Refusal | None:
     """Whether a model with this config.json can be written as GGUF so that llama.cpp computes the same."""
+    return _decoder(config, "as GGUF", "llama.cpp")
+
+
+def mlx(config: Mapping[str, Any]) -> Refusal | None:
+    """Whether a model with this config.json can be written so that mlx-lm computes the same."""
+    refusal = _decoder(config, "for MLX", "mlx-lm")
+    if refusal:
+        return refusal
+    kind = config["model_type"]
+    if config.get("final_logit_softcapping"):
+        return Refusal("final_logit_softcapping is set, which mlx-lm does not compute", "give another model")
+    if kind == "qwen3" and config.get("attention_bias"):
+        return Refusal("attention has biases, which mlx-lm does not compute in a qwen3", "give another model")
+    if kind == "gemma3_text" and window_pattern(config) is None:
+        said = "layers that see all do not come at one distance, or there is none, which mlx-lm does not compute"
+        return Refusal(said, "give another model")
+    if rotary(config)["rope_type"] == "longrope":
+        usual = dict(config) | {
+            "rope_parameters": None,
+            "rope_scaling": rotary(config) | {"factor": None, "attention_factor": None},
+        }
+        if not math.isclose(stretch(config), stretch(usual), rel_tol=1e-6):
+            return Refusal("rotary positions with an attention_factor cannot be written for MLX", "give another model")
+    return None
+
+
+def mlx_groups(widths: Sequence[int], size: int) -> Refusal | None:
+    """Whether MLX can round matrices, some of whose rows have these widths, in groups of this size."""
+    if size not in MLX_GROUPS:
+        these = ", ".join(map(str, MLX_GROUPS))
+        return Refusal(f"MLX does not round in groups of {size} weights", f"these can: {these}")
+    if any(width % size == 0 for width in widths):
+        return None
+    fits = [group for group in MLX_GROUPS if any(width % group == 0 for width in widths)]
+    hint = (
+        f"use groups of {fits[0]}" if fits else f"take fp16, or a model whose widths are multiples of {MLX_GROUPS[0]}"
+    )
+    return Refusal(f"no matrix has rows of a multiple of {size} weights, which MLX rounds together", hint)
+
+
+def openvino(config: Mapping[str, Any]) -> Refusal | None:
+    """Whether a model with this config.json can be written as a graph for OpenVINO that computes the same."""
+    return _decoder(config, "for OpenVINO", "the graph for OpenVINO")
+
+
+def safetensors(config: Mapping[str, Any]) -> Refusal | None:
+    """Whether a model with this config.json can be written in another type of weights."""
+    if config.get("quantization_config"):
+        return Refusal("the model is quantised already", "give the model in full precision")
+    return None
+
+
+def _decoder(config: Mapping[str, Any], how: str, runtime: str) -> Refusal | None:
+    """What holds for every runtime whose graphs of these architectures are those of llama.cpp."""
     kind = config.get("model_type")
     if kind not in LLAMA_CPP:
-        return Refusal(f"models of the type {kind} cannot be written as GGUF", f"these can: {', '.join(LLAMA_CPP)}")
+        return Refusal(f"models of the type {kind} cannot be written {how}", f"these can: {', '.join(LLAMA_CPP)}")
     if config.get("quantization_config"):
         return Refusal("the model is quantised already", "give the model in full precision")
     numbers = (
@@ -122,15 +181,49 @@ def llama_cpp(config: Mapping[str, Any]) -> Refusal | None:
         return Refusal(f"config.json has no {missing[0]}", "fetch the model again")
     own = _own(config)
     if own is not None:
-        return Refusal(f"{own}, which llama.cpp does not compute", "give another model")
+        return Refusal(f"{own}, which {runtime} does not compute", "give another model")
     groups = [rotary(config)] + ([rotary(config, "sliding_attention")] if kind == "gemma3_text" else [])
     for group, known in zip(groups, (ROTARY[kind], ("default",)), strict=False):
         if group["rope_type"] not in known:
-            said = f"rotary positions of the type {group['rope_type']} in a {kind} cannot be written as GGUF"
+            said = f"rotary positions of the type {group['rope_type']} in a {kind} cannot be written {how}"
             return Refusal(said, f"these can: {', '.join(known)}")
         if group["partial_rotary_factor"] != 1.0 and kind != "phi3":
-            return Refusal(f"a {kind} that rotates part of each head cannot be written as GGUF", "give another model")
+            return Refusal(f"a {kind} that rotates part of each head cannot be written {how}", "give another model")
     return None
+
+
+def window_pattern(config: Mapping[str, Any]) -> int | None:
+    """Every which layer of a gemma3 sees all, where that is one number and one of them does; None otherwise."""
+    windows = sliding(config)
+    if all(windows):
+        return None
+    every = windows.index(False) + 1
+    return every if windows == [(layer + 1) % every != 0 for layer in range(len(windows))] else None
+
+
+def context(config: Mapping[str, Any]) -> int:
+    """How many tokens a runtime may hold that knows neither phi3's attention window nor its long rotary factors."""
+    length = int(config["max_position_embeddings"])
+    if config.get("model_type") == "phi3":
+        length = min(length, config.get("sliding_window") or length)
+        group = rotary(config)
+        if group["rope_type"] == "longrope":
+            length = min(length, first_context(config))
+    return length
+
+
+def first_context(config: Mapping[str, Any]) -> int:
+    """The context that a model with long rotary factors was first trained with."""
+    found = rotary(config).get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return int(found or config["max_position_embeddings"])
+
+
+def stretch(config: Mapping[str, Any]) -> float:
+    """What multiplies the rotary sines and cosines of a model with long rotary factors."""
+    group, first = rotary(config), first_context(config)
+    factor = group.get("factor") or config["max_position_embeddings"] / first
+    usual = math.sqrt(1 + math.log(factor) / math.log(first)) if factor > 1 else 1.0
+    return float(group.get("attention_factor") or usual)
 
 
 def _own(config: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from slmops.core.fit import FitSpec
+from slmops.core.forms import Form
 from slmops.core.model import Value
 from slmops.core.search import Search
 
@@ -433,21 +434,15 @@ class Compress(Value):
     calibration_examples: Positive = Field(256, description="training examples that gptq looks at")
 
 
-Gguf = Literal[
-    "gguf-fp32", "gguf-fp16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_0", "gguf-iq4_nl",
-    "gguf-iq4_xs", "gguf-q3_k_m", "gguf-q2_k",
-]  # fmt: skip
-
-
 class Convert(Value):
     """The format and precision that ship, and others to be judged beside it."""
 
     format: Literal["onnx_genai"] = "onnx_genai"
     precision: Precision = "int4"
-    also: tuple[Gguf, ...] = Field(
+    also: tuple[Form, ...] = Field(
         (),
-        description="forms of the student that are made, judged and put into outputs/NAME/ beside the one that ships; GGUF needs "
-        "the extra [llamacpp]",
+        description="forms of the student that are made, judged and put into outputs/NAME/ beside the one that ships; each format needs "
+        "the extra of its runtime: [llamacpp], [mlx], [openvino]",
     )
     importance: bool = Field(
         True,

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from slmops.core.engine import Engine
+from slmops.core.runtimes import Named
 from slmops.errors import ModelError
 
-Runtime = Literal["auto", "torch", "onnx_genai", "llama_cpp"]
-RUNTIMES: tuple[Runtime, ...] = ("auto", "torch", "onnx_genai", "llama_cpp")
+Runtime = Literal["auto", Named]
+RUNTIMES: tuple[Runtime, ...] = ("auto", *get_args(Named))
 
 
-def detect(folder: Path) -> Literal["torch", "onnx_genai", "llama_cpp"]:
-    """Which runtime a model folder is for.
+def detect(folder: Path) -> Named:
+    """Which runtime a model folder is for. Weights for MLX say so in the head of their file, as mlx-lm writes it.
 
     Raises:
         ModelError: the folder is missing or is not a model.
@@ -29,22 +30,35 @@ def detect(folder: Path) -> Literal["torch", "onnx_genai", "llama_cpp"]:
         return "onnx_genai"
     if (folder / "model.gguf").is_file():
         return "llama_cpp"
+    if (folder / "openvino_model.xml").is_file():
+        return "openvino"
     if (folder / "config.json").is_file():
-        if not list(folder.glob("*.safetensors")):
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
             raise ModelError(f"{folder} has a config.json but no .safetensors file", "save the weights as safetensors")
-        return "torch"
+        return "mlx" if _written_for(files[0]) == "mlx" else "torch"
     raise ModelError(
-        f"{folder} is not a model: it has neither genai_config.json nor model.gguf nor config.json",
+        f"{folder} is not a model: it has neither genai_config.json nor model.gguf nor openvino_model.xml nor config.json",
         "point to a Hugging Face model folder or to one that `slmops` converted",
     )
+
+
+def _written_for(file: Path) -> str:
+    """The `format` in the head of a safetensors file, "" where it says nothing, or is no such file."""
+    try:
+        with file.open("rb") as stream:
+            head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        return str(head.get("__metadata__", {}).get("format", ""))
+    except (OSError, ValueError, OverflowError, MemoryError, AttributeError):
+        return ""
 
 
 def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapter: str | None = None) -> Engine:
     """Load a model.
 
     Args:
-        folder: a model folder in Hugging Face or ONNX Runtime GenAI form, with its tokenizer and chat template, or one with
-            a `model.gguf`, which holds both.
+        folder: a model folder in the form of Hugging Face, ONNX Runtime GenAI, MLX or OpenVINO, with its tokenizer and chat
+            template, or one with a `model.gguf`, which holds both.
         threads: CPU threads, at least 1.
         kind: the runtime; `auto` takes the one that the folder is for.
         adapter: answer with this one of the folder's adapters (`convert.onnx_adapters`, `convert.gguf_lora`).
@@ -58,12 +72,12 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
         raise ModelError(f"{folder} is a model for {found}, not for {kind}", f"use runtime {found} or auto")
     if threads < 1:
         raise ModelError(f"threads must be at least 1, not {threads}", "leave threads out or give a positive number")
+    if adapter is not None and found not in ("onnx_genai", "llama_cpp"):
+        raise ModelError(
+            f"{folder}: adapters are switched in ONNX Runtime GenAI and llama.cpp only",
+            "a trained model's folder has its adapter merged in already: leave the adapter out",
+        )
     if found == "torch":
-        if adapter is not None:
-            raise ModelError(
-                f"{folder}: adapters are switched in ONNX Runtime GenAI and llama.cpp only",
-                "a trained model's folder has its adapter merged in already: leave the adapter out",
-            )
         from slmops.engines.torch_engine import TorchEngine
 
         return TorchEngine(folder, threads=threads)
@@ -71,6 +85,14 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
         from slmops.engines.llama_cpp import LlamaCppEngine
 
         return LlamaCppEngine(folder, threads=threads, adapter=adapter)
+    if found == "mlx":
+        from slmops.engines.mlx import MlxEngine
+
+        return MlxEngine(folder, threads=threads)
+    if found == "openvino":
+        from slmops.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(folder, threads=threads)
     from slmops.engines.onnx_genai import GenaiEngine
 
     return GenaiEngine(folder, threads=threads, adapter=adapter)

@@ -7,9 +7,14 @@ mapped the code of both.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from slmops.core.runtimes import Named
 
 HIDDEN, HEADS, FFN, CONTEXT = 32, 2, 32, 64
 SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -22,16 +27,11 @@ TEMPLATE = (
 PROMPT = [{"role": "user", "content": "hello"}]
 
 
-def write_minimal(folder: Path, runtime: Literal["torch", "onnx_genai", "llama_cpp"]) -> None:
-    """Write a minimal model for a runtime into an empty folder. Needs torch and transformers, or onnx, or gguf."""
-    if runtime == "llama_cpp":
-        _write_gguf(folder)
-        return
-    _write_tokenizer(folder)
-    if runtime == "torch":
-        _write_torch(folder)
-    else:
-        _write_onnx(folder)
+def write_minimal(folder: Path, runtime: Named) -> None:
+    """Write a minimal model for a runtime into an empty folder. Needs torch and transformers, or onnx, gguf, mlx-lm, openvino."""
+    if runtime != "llama_cpp":  # whose file holds the tokenizer
+        _write_tokenizer(folder)
+    WRITERS[runtime](folder)
 
 
 def _dump(path: Path, value: Any) -> None:
@@ -207,3 +207,76 @@ def _write_gguf(folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_mlx(folder: Path) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.models.llama import Model, ModelArgs
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    config: dict[str, Any] = {
+        "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": 1, "intermediate_size": FFN, "num_attention_heads": HEADS,
+        "rms_norm_eps": 1e-6, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True,
+        "eos_token_id": END,
+    }  # fmt: skip
+    model = Model(ModelArgs.from_dict(config))
+    keys = iter(mx.random.split(mx.random.key(0), 64))
+
+    def fixed(weights: Any) -> Any:
+        return 0.1 * mx.random.normal(weights.shape, key=next(keys)) if weights.ndim == 2 else mx.ones(weights.shape)
+
+    model.update(tree_map(fixed, model.parameters()))
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, config = quantize_model(model, config, 32, 4)
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+
+
+def _write_openvino(folder: Path) -> None:
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    rng = np.random.default_rng(0)
+    head = HIDDEN // HEADS
+
+    def ints(*values: int) -> Any:
+        return ov.op.Constant(np.array(values, np.int64))
+
+    zero = ov.op.Constant(np.array(0, np.int64))
+    inputs = [ops.parameter([-1, -1], np.int64, name=name) for name in ("input_ids", "attention_mask", "position_ids")]
+    inputs.append(ops.parameter([-1], np.int32, name="beam_idx"))
+    codes = ov.op.Constant(rng.integers(-8, 8, (VOCABULARY, HIDDEN)).astype(np.int8))
+    table = ops.convert(
+        ops.multiply(ops.convert(codes, "f16"), ov.op.Constant(np.full((VOCABULARY, 1), 0.05, np.float16))), "f32"
+    )
+    x = ops.gather(table, inputs[0], zero)
+    rows = ops.gather(ops.shape_of(inputs[0], "i64"), ints(0), zero)
+    sinks, parts = [], []
+    for name in ("query", "key", "value"):
+        weight = ov.op.Constant(rng.normal(0, 0.1, (HIDDEN, HIDDEN)).astype(np.float32))
+        part = ops.transpose(
+            ops.reshape(ops.matmul(x, weight, False, True), ints(0, 0, HEADS, head), True), ints(0, 2, 1, 3)
+        )
+        if name != "query":
+            empty = ops.broadcast(ov.op.Constant(np.array(0, np.float32)), ops.concat([rows, ints(HEADS, 0, head)], 0))
+            past = ops.read_value(empty, name, ov.Type.f32, ov.PartialShape([-1, HEADS, -1, head]))
+            part = ops.concat([ops.gather(past, inputs[3], zero), part], 2)
+            sinks.append(ops.assign(part, name))
+        parts.append(part)
+    mask = ops.unsqueeze(ops.log(ops.convert(inputs[1], "f32")), ints(1, 2))
+    mixed = ops.scaled_dot_product_attention(*parts, mask, causal=False)
+    mixed = ops.reshape(ops.transpose(mixed, ints(0, 2, 1, 3)), ints(0, 0, HIDDEN), True)
+    turned = ops.multiply(mixed, ops.unsqueeze(ops.cos(ops.convert(inputs[2], "f32")), ints(2)))
+    model = ov.Model([ops.result(ops.matmul(ops.add(x, turned), table, False, True))], sinks, inputs, "minimal")
+    for port in model.inputs:
+        port.get_tensor().set_names({port.get_node().get_friendly_name()})
+    model.outputs[0].get_tensor().set_names({"logits"})
+    ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
+    _dump(folder / "config.json", {"max_position_embeddings": CONTEXT, "eos_token_id": END})
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "torch": _write_torch, "onnx_genai": _write_onnx, "llama_cpp": _write_gguf, "mlx": _write_mlx, "openvino": _write_openvino,
+}  # fmt: skip

@@ -25,6 +25,8 @@ LIBRARIES = {
     "torch": ("torch", "transformers"),
     "onnx_genai": ("numpy", "onnxruntime_genai"),
     "llama_cpp": ("numpy", "llama_cpp"),
+    "mlx": ("numpy", "tokenizers", "mlx.core", "mlx_lm.utils"),
+    "openvino": ("numpy", "tokenizers", "openvino"),
 }
 
 

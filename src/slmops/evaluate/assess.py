@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import slmops
+from slmops.core import forms
 from slmops.core import report as r
 from slmops.core.spec import Evaluate, Metric, Task
 from slmops.errors import DataError
@@ -49,8 +50,9 @@ def role(variant: str) -> str:
 def runtime(variant: str) -> str:
     """What ran a variant, from its name."""
     last = variant.rpartition("-")[2]
-    if "-gguf-" in variant:
-        return "llama.cpp"
+    form = forms.of(variant.partition("-")[2])
+    if form is not None:
+        return form.reported
     return last if last in ("torch", "endpoint") else "onnxruntime-genai"
 
 
@@ -66,8 +68,9 @@ def about(variant: str) -> str:
         "all": "the student without the teacher, on all gold labels",
     }.get(first, first)
     where = {"torch": "PyTorch, as trained", "endpoint": "remote, as served"}.get(form, f"{SAME_RUNTIME}, {form}")
-    if form.startswith("gguf-"):
-        where = f"llama.cpp, {form.removeprefix('gguf-')}"
+    found = forms.of(form)
+    if found is not None:
+        where = f"{found.title}, {forms.split(form)[1]}"
     return f"{who}; {where}"
 
 

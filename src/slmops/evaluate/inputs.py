@@ -17,7 +17,7 @@ from slmops.core.report import Hop
 from slmops.errors import DataError
 
 NOT_SHIPPED = ("fidelity.json", "training.json")
-MODEL_FILES = (".onnx", ".onnx.data", ".gguf")
+MODEL_FILES = (".onnx", ".onnx.data", ".gguf", ".safetensors", "openvino_model.xml", "openvino_model.bin")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def model_bytes(folder: Path) -> int:
 def _converted(folder: Path) -> Converted:
     files = _sizes(folder)
     model = {name: size for name, size in files.items() if name.endswith(MODEL_FILES)}
-    weights = sum(size for name, size in model.items() if not name.endswith(".onnx"))
+    weights = sum(size for name, size in model.items() if not name.endswith((".onnx", ".xml")))
     total = sum(model.values())
     rest = {name: size for name, size in files.items() if name not in NOT_SHIPPED}
     return Converted(total, weights or total, sum(rest.values()), _side(folder, "fidelity.json"))

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
+from slmops.core.runtimes import Named
 from slmops.errors import DataError, ModelError, UsageError
 
 DECLARATION = Declaration(
@@ -37,7 +38,18 @@ BASIS = (
     "peak resident size of a fresh process that opened a minimal one-layer model in the same runtime "
     "and answered one prompt"
 )
-PACKAGES = ("onnxruntime-genai", "onnxruntime", "llama-cpp-python", "torch", "transformers", "tokenizers", "numpy")
+PACKAGES = (
+    "onnxruntime-genai",
+    "onnxruntime",
+    "llama-cpp-python",
+    "mlx",
+    "openvino",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+MODEL_FILES = (".onnx", ".onnx.data", ".gguf", ".safetensors", "openvino_model.xml", "openvino_model.bin")
 NOT_LOADED = ("fidelity.json", "training.json", "README.md")
 TIMEOUT_S = 3600.0
 
@@ -45,7 +57,7 @@ TIMEOUT_S = 3600.0
 class Params(BaseParams):
     """`variants` says which runtime each input `model.<variant>` is measured in; `threads` 0 takes the step's."""
 
-    variants: dict[str, Literal["torch", "onnx_genai", "llama_cpp"]]
+    variants: dict[str, Named]
     prompts: Annotated[int, Field(ge=1)] = 50
     rounds: Annotated[int, Field(ge=1)] = 3
     threads: Annotated[int, Field(ge=0)] = 0
@@ -207,7 +219,7 @@ def sizes(folder: Path) -> dict[str, Any]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in NOT_LOADED
     }
-    model = sum(size for name, size in files.items() if name.endswith((".onnx", ".onnx.data", ".gguf", ".safetensors")))
+    model = sum(size for name, size in files.items() if name.endswith(MODEL_FILES))
     return {"files": files, "model_bytes": model}
 
 

@@ -18,6 +18,7 @@ from slmops.core.engine import Engine, Generation, Sampling
 from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
+from slmops.core.runtimes import Named
 from slmops.core.spec import NonNegative, Task
 from slmops.engines.answers import Messages
 from slmops.errors import DataError
@@ -41,7 +42,7 @@ class Params(BaseParams):
     `guided`: the task, for a model that is told it in words, with `shots` gold examples before each question.
     """
 
-    runtime: Literal["auto", "torch", "onnx_genai", "llama_cpp"] = "auto"
+    runtime: Literal["auto", Named] = "auto"
     adapter: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     max_examples: Annotated[int, Field(ge=1)] | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from slmops.core import forms
 from slmops.core.spec import AdapterTask, Data, Spec, Task, Train, Training
 from slmops.errors import Problem
 
@@ -34,6 +35,11 @@ class Builder(Protocol):
 def check(spec: Spec) -> list[Problem]:
     """Whether the adapters fit the project and the runtime."""
     found = []
+    fixed = [form for form in spec.convert.also if not forms.FORMATS[forms.split(form)[0]].adapters]
+    if spec.adapters and fixed:
+        can = " and ".join(name for name, format in forms.FORMATS.items() if format.adapters)
+        said = f"asks for {fixed[0]}, in which adapters cannot be switched"
+        found.append(Problem(said, f"take it out; adapters can be switched in {can}", path="convert.also"))
     if spec.adapters and spec.student.base is None:
         found.append(Problem("need a base that they share", "give student.base, an existing model", path="adapters"))
     for name, one in spec.adapters.items():
@@ -88,13 +94,14 @@ def steps(spec: Spec, builder: Builder) -> None:
     builder.add("student-adapters", "convert.onnx_adapters", convert, about, models | data, seed=0, threads=1)
     _judge(spec, builder, data, "", "evaluate.predict", "onnx_genai")
     for form in spec.convert.also:
-        kind = form.removeprefix("gguf-")
+        name, kind = forms.split(form)
+        format = forms.FORMATS[name]
         params = {
             "base": kind, "fidelity_prompts": spec.convert.fidelity_prompts, "min_token_agreement": spec.convert.min_token_agreement,
         }  # fmt: skip
-        about = f"the base and its adapters to GGUF, {kind}"
-        builder.add(f"student-adapters-{form}", "convert.gguf_lora", params, about, models | data, seed=0, threads=1)
-        _judge(spec, builder, data, f"-{form}", "evaluate.predict_llama_cpp", "llama_cpp")
+        about = f"the base and its adapters to {format.name}, {kind}"
+        builder.add(f"student-adapters-{form}", format.adapters, params, about, models | data, seed=0, threads=1)
+        _judge(spec, builder, data, f"-{form}", format.predict, format.runtime)
 
 
 def _judge(spec: Spec, builder: Builder, data: dict[str, str], form: str, method: str, runtime: str) -> None:

@@ -27,6 +27,8 @@ FIXED_SECONDS = {
     "convert.onnx_genai": 8.0, "evaluate.predict": 10.0, "evaluate.measure": 30.0, "evaluate.report": 5.0,
     "bundle.assemble": 1.0, "train.cache_logits": 20.0, "train.cache_aligned": 20.0, "catalog.fetch": 1.0,
     "compress.vocabulary": 3.0, "compress.gptq": 10.0, "convert.gguf": 6.0, "evaluate.predict_llama_cpp": 10.0,
+    "convert.mlx": 6.0, "evaluate.predict_mlx": 30.0, "convert.openvino": 6.0, "evaluate.predict_openvino": 10.0,
+    "convert.safetensors": 5.0,
     "convert.onnx_adapters": 12.0, "evaluate.fidelity": 15.0, "evaluate.adapters": 3.0,
 }  # fmt: skip
 

@@ -6,7 +6,7 @@
 Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
 `few` and `all` are the student without the teacher, on its few gold labels and on all of them; `whole` is the student before
 its vocabulary was trimmed (`student-trimmed`), `nearest` before its weights were rounded by calibration (`student-rounded`),
-where `compress` asks for that; `student-gguf-TYPE`: what `convert.also` asks for. Adapters of further tasks
+where `compress` asks for that; `student-FORMAT-KIND`: what `convert.also` asks for (`slmops.core.forms`). Adapters of further tasks
 are planned by `slmops.flow.adapters`.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from slmops.core import runtimes
+from slmops.core import forms, runtimes
 from slmops.core.spec import (
     FROM_TEACHER,
     PREFERENCE,
@@ -33,7 +33,7 @@ from slmops.core.spec import (
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
 from slmops.flow import adapters, chain
-from slmops.train.shape import parameters
+from slmops.train.shape import ffn_width, parameters
 
 SMALL = 30_000_000
 """Models below this many parameters do not gain from a second thread; they train beside each other instead. Measured on
@@ -175,6 +175,13 @@ def check(spec: Spec) -> list[Problem]:
         wrong("train.quantization_aware", "is set, but the result is fp32", "use `convert: {precision: int4}`")
     if spec.train.quantization_aware == "int4" and spec.train.block_size != spec.convert.block_size:
         wrong("train.block_size", f"({spec.train.block_size}) differs from convert.block_size", "give both the same")
+    rounded_for_mlx = [form for form in spec.convert.also if form in ("mlx-int8", "mlx-int4")]
+    if rounded_for_mlx:
+        shape = student.model  # a base is looked at when it is fetched
+        widths = (shape.hidden, ffn_width(shape)) if shape else (0,)
+        refusal = runtimes.mlx_groups(widths, spec.convert.block_size)
+        if refusal:
+            wrong("convert.block_size", f"does not suit {rounded_for_mlx[0]}: {refusal.message}", refusal.hint)
     for path, value in (("synthesize.filters.max_characters", spec.synthesize.filters),):
         if value.min_characters > value.max_characters:
             wrong(path, "is less than min_characters", "swap them")
@@ -303,8 +310,11 @@ class _Builder:
     def _fetch(self, id: str, base: str, runtime: str | None = "onnx_genai") -> str:
         local = not _is_hub(base)
         params: dict[str, Any] = {"model": PurePosixPath(base).name if local else base, "runtime": runtime}
-        if id == "student-base" and self.spec.convert.also:
-            params["gguf"] = True
+        if id == "student-base":
+            formats = sorted({forms.split(form)[0] for form in self.spec.convert.also})
+            params |= {"gguf": True} if "gguf" in formats else {}
+            others = [name for name in formats if name != "gguf"]
+            params |= {"formats": others} if others else {}
         about = "check the model folder" if local else f"get {base[3:]}"
         return self.add(id, "catalog.fetch", params, about, sources={"model": base} if local else {}, threads=1)
 
@@ -589,23 +599,30 @@ class _Builder:
             seed=0,
         )
 
-    def _gguf(self, form: str) -> str:
-        """`student-gguf-TYPE`: as an int4 student where its weights lie on that grid already."""
-        convert, kind = self.spec.convert, form.removeprefix("gguf-")
-        given = (
-            ROUNDED
-            if kind == "q4_0" and self.spec.compress.quantization != "none" and convert.block_size == 32
-            else finished(self.spec)
-        )
-        weighed = convert.importance and given != ROUNDED and kind not in ("fp32", "fp16", "bf16", "q8_0")
-        params = {
-            "precision": kind, "files": self.texts[0] if weighed else [], "examples": self.spec.compress.calibration_examples,
-            "fidelity_prompts": convert.fidelity_prompts, "min_token_agreement": convert.min_token_agreement,
-        }  # fmt: skip
-        inputs = {"model": given, "data": "data"} | (self.texts[1] if weighed else {})
-        return self.add(
-            f"student-{form}", "convert.gguf", params, f"student to GGUF, {kind}", inputs, threads=1, seed=0
-        )
+    def _form(self, form: str) -> str:
+        """`student-FORMAT-KIND`: from the rounded student where that one's weights lie on the form's grid already."""
+        convert, (name, kind) = self.spec.convert, forms.split(form)
+        format = forms.FORMATS[name]
+        rounded = self.spec.compress.quantization != "none"
+        checked = {"fidelity_prompts": convert.fidelity_prompts, "min_token_agreement": convert.min_token_agreement}
+        params: dict[str, Any] = {"precision": kind} | checked
+        kept, extra = False, dict[str, str]()
+        if name == "gguf":
+            kept = rounded and kind == "q4_0" and convert.block_size == 32
+            weighed = convert.importance and not kept and kind not in ("fp32", "fp16", "bf16", "q8_0")
+            files = self.texts[0] if weighed else []
+            params |= {"files": files, "examples": self.spec.compress.calibration_examples}
+            extra = self.texts[1] if weighed else {}
+        elif name in ("mlx", "openvino") and kind in ("int8", "int4"):
+            kept = rounded and kind == "int4"
+            aware = self.spec.train.quantization_aware != "off"
+            params["block_size"] = convert.block_size
+            params["rounding"] = convert.rounding or ("plain" if aware or kept else "search")
+            if kind == "int4" and convert.embedding_precision == "int8":
+                params["embedding_precision"] = "int8"
+        inputs = {"model": ROUNDED if kept else finished(self.spec), "data": "data"} | extra
+        about = f"student to {format.name}, {kind}"
+        return self.add(f"student-{form}", format.method, params, about, inputs, threads=1, seed=0)
 
     def _told(self, variant: str) -> dict[str, Any]:
         """An instructed teacher is judged with the prompts that it labels with."""
@@ -624,7 +641,7 @@ class _Builder:
         if shipped != "student-fp32":
             models[shipped] = (self._convert("student", precision), "onnx_genai")
         for form in spec.convert.also:
-            models[f"student-{form}"] = (self._gguf(form), "llama_cpp")
+            models[f"student-{form}"] = (self._form(form), forms.FORMATS[forms.split(form)[0]].runtime)
         if spec.compress.quantization != "none":
             models["nearest-int4"] = (self._convert("nearest", precision), "onnx_genai")
         if finished(spec) != "student":
@@ -637,7 +654,8 @@ class _Builder:
         for variant, (step, runtime) in models.items():
             size = self._teacher_threads() if variant.startswith("teacher") else 1
             seed = spec.seed if self._told(variant) else 0
-            method = "evaluate.predict_llama_cpp" if runtime == "llama_cpp" else "evaluate.predict"
+            format = forms.of(variant.partition("-")[2])
+            method = format.predict if format is not None else "evaluate.predict"
             predictions[f"predictions.{variant}"] = self.add(
                 f"predict-{variant}", method, judged | {"runtime": runtime} | self._told(variant),
                 f"{variant} on the test data",
@@ -648,7 +666,8 @@ class _Builder:
                 "predict-teacher-endpoint", "evaluate.predict_endpoint", judged | {"endpoint": self._endpoint()} | self._told("teacher"),
                 "the remote teacher on the test data", {"data": "data"},
             )  # fmt: skip
-        measured = {v: m for v, m in models.items() if not v.startswith(("few", "all"))}
+        unmeasured = tuple(f"student-{name}-" for name, format in forms.FORMATS.items() if not format.measured)
+        measured = {v: m for v, m in models.items() if not v.startswith(("few", "all", *unmeasured))}
         measure = _json(spec.evaluate.measure) | {
             "variants": {variant: runtime for variant, (_step, runtime) in measured.items()},
             "max_new_tokens": spec.evaluate.max_new_tokens,
@@ -668,7 +687,9 @@ class _Builder:
         }
         if spec.teacher is not None and spec.teacher.model is not None:
             inputs["training.teacher"] = "teacher"
-        inputs |= {f"converted.{variant}": step for variant, (step, runtime) in models.items() if runtime != "torch"}
+        inputs |= {
+            f"converted.{variant}": step for variant, (step, _runtime) in models.items() if variant != "teacher-torch"
+        }
         inputs |= {name: name for name in ("synthetic", "logits") if name in has}
         self.add("report", "evaluate.report", params, "the comparison and the verdict", inputs, threads=1)
         bundle = {
