@@ -119,6 +119,32 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
     assert steps["student-int4"].params["rounding"] == "plain" and steps["nearest-int4"].params["rounding"] == "search"
 
 
+def test_the_guide_to_olive_plans(tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    from slmops.convert import olive
+    from slmops.flow.project import load
+    from slmops.flow.state import State
+
+    found = blocks(ROOT / "docs" / "guides" / "olive.md")
+    kinds = [kind for kind, _text in found]
+    assert kinds == ["json", "yaml", "yaml", "sh"]
+    (tmp_path / "olive").mkdir()
+    (tmp_path / "olive" / "gptq.json").write_text(found[0][1])
+    earlier = tmp_path / "olive-output" / "model"
+    earlier.mkdir(parents=True)
+    (earlier / "genai_config.json").write_text("{}")
+    yaml = YAML()
+    for name, text in (("gptq", found[1][1]), ("earlier", found[2][1])):
+        with (tmp_path / "slmops.yaml").open("w") as out:
+            yaml.dump({**yaml.load(SPEC), **yaml.load(text)}, out)
+        project = load(tmp_path / "slmops.yaml", [])
+        step = {step.id: step for step in project.plan()}[f"student-olive-{name}"]
+        assert State(project).source_digests(step)  # its check finds nothing wrong
+    assert olive.rounds(olive.read(tmp_path / "olive" / "gptq.json"))
+    assert "no environments" in shell("export SLMOPS_ENVIRONMENTS=$PWD/none; " + found[3][1], tmp_path)
+
+
 @pytest.mark.slow
 def test_the_guide_to_preferences_runs(tmp_path: Path) -> None:
     for kind, text in blocks(ROOT / "docs" / "guides" / "preference.md"):

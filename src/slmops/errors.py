@@ -106,6 +106,10 @@ class ConversionError(SlmopsError):
     """A model cannot be converted, or its converted form does not behave like the original."""
 
 
+class ToolError(SlmopsError):
+    """A tool in an environment of its own failed, or that environment cannot be made."""
+
+
 class IntegrityError(SlmopsError):
     """Stored bytes are not the bytes that were recorded."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.cli.common import cores, json_argument, print_json, say, seconds, size
+from slmops.core.engine import KV_CACHES
 from slmops.core.layout import columns
 from slmops.errors import UsageError
 
@@ -17,7 +18,8 @@ A MODEL is a folder in the form of Hugging Face, ONNX Runtime GenAI, GGUF, MLX o
 each in a fresh process per round, one answer at a time; numbers are medians, with the least and greatest round in JSON.
 
   slmops bench outputs/demo/bundle/model outputs/demo/student
-  slmops bench int4=outputs/demo/bundle/model q4=outputs/demo/gguf-q4_0 --prompt 32 128 --new 64 --html bench.html"""
+  slmops bench int4=outputs/demo/bundle/model q4=outputs/demo/gguf-q4_0 --prompt 32 128 --new 64 --html bench.html
+  slmops bench outputs/demo/gguf-q4_0 --prompt 1024 --kv-cache f16 q8_0 q4_0"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new", type=positive, default=32, metavar="TOKENS", help="tokens of each answer (32)")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="fresh processes of each model (3)")
     parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="answers to each prompt in each (10)")
+    parser.add_argument(
+        "--kv-cache", nargs="+", default=[], choices=KV_CACHES, metavar="TYPE",
+        help="GGUF: how llama.cpp holds keys and values, each in turn: f32, f16 (its default), q8_0, q4_0",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="the same for every model (all cores)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the numbers as a page with drawings")
     json_argument(parser)
@@ -49,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         options.repeats,
         threads,
         lambda name: say(f"  {name}"),
+        options.kv_cache,
     )
     if options.html:
         from slmops.evaluate.bench_page import render_bench

@@ -1,4 +1,4 @@
-"""`slmops cache`: what is stored, whether it is sound, and removing what is not needed."""
+"""`slmops cache`: what is stored, whether it is sound, and removing what is not needed; also the environments of tools."""
 
 from __future__ import annotations
 
@@ -7,31 +7,43 @@ from typing import TYPE_CHECKING
 
 from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, size
 from slmops.core.layout import columns
-from slmops.errors import IntegrityError, SlmopsError
+from slmops.errors import IntegrityError, SlmopsError, UsageError
 
 if TYPE_CHECKING:
     from slmops.flow.project import Project
 
-HELP = "list, verify or clean the stored results (ls, verify, gc)"
+HELP = "list, verify or clean the stored results (ls, verify, gc), and the environments of tools"
+
+EPILOG = """\
+environments: those that slmops made for tools whose packages clash with its own, such as Olive. They lie in the user's cache
+folder, or where SLMOPS_ENVIRONMENTS says, and are made again when they are wanted.
+
+  slmops cache environments
+  slmops cache environments --remove olive"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `cache` takes."""
     parser.add_argument(
         "action",
-        choices=("ls", "verify", "gc"),
-        help="ls: list; verify: read every byte; gc: remove what the project file does not need",
+        choices=("ls", "verify", "gc", "environments"),
+        help="ls: list; verify: read every byte; gc: remove what the project file does not need; environments: list those of tools",
     )
     parser.add_argument(
         "--repair", action="store_true", help="verify: forget what is damaged, so that it is made again"
     )
     parser.add_argument("--dry-run", action="store_true", help="gc: only say what would be removed")
+    parser.add_argument("--remove", metavar="NAME", help="environments: remove those of this name, or all")
     project_arguments(parser)
     json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do the action."""
+    if options.action == "environments":
+        return _environments(options)
+    if options.remove:
+        raise UsageError("--remove is for environments", "for stored results: `slmops cache gc`")
     from slmops.flow.state import State
     from slmops.store.files import exclusive, read_json, remove_tree
 
@@ -84,6 +96,44 @@ def run(options: argparse.Namespace) -> int:
         removed, freed = store.gc(keep)
         remove_tree(state.root / "scratch")
         print(f"{removed} artifacts removed, {size(freed)} freed")
+    return 0
+
+
+def _environments(options: argparse.Namespace) -> int:
+    """List the environments of tools, or remove some. They belong to no project."""
+    import datetime
+
+    from slmops.store import environments
+
+    found = environments.all_found()
+    if options.remove:
+        chosen = [one for one in found if options.remove in (one.name, "all")]
+        if not chosen and options.remove != "all":
+            known = ", ".join(dict.fromkeys(one.name for one in found)) or "there are none"
+            raise UsageError(f"there is no environment {options.remove}", f"in {environments.cache()}: {known}")
+        for one in chosen:
+            environments.remove(one)
+        print(f"{len(chosen)} environments removed, {size(sum(one.size for one in chosen))} freed")
+        return 0
+    if options.json:
+        print_json(
+            [
+                {
+                    "name": one.name,
+                    "folder": str(one.folder),
+                    "packages": one.packages,
+                    "bytes": one.size,
+                    "whole": one.whole,
+                }
+                for one in found
+            ]
+        )
+        return 0
+    rows = [["environment", "packages", "size", "made", "folder"]]
+    for one in found:
+        made = datetime.datetime.fromtimestamp(one.made).strftime("%Y-%m-%d") if one.whole else "cut off"
+        rows.append([one.name, str(one.packages), size(one.size), made, str(one.folder)])
+    print("\n".join(columns(rows, right=(1, 2))) if found else f"no environments in {environments.cache()}")
     return 0
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
+
+KvCache = Literal["f32", "f16", "q8_0", "q4_0"]
+"""How a runtime holds the keys and values of what it has read. q8_0 and q4_0: blocks of 32 numbers with one float16 scale."""
+KV_CACHES: tuple[KvCache, ...] = get_args(KvCache)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from slmops.core.environment import Environment
 from slmops.core.model import Value
 
 Facts = dict[str, Any]
@@ -35,6 +36,7 @@ class Declaration:
         threads: whether the number of threads can change the result; it goes into the key if so.
         reproducible: False for measurements: the same key may give other bytes on another run.
         neutral: parameters (dotted paths) that cannot change the result, such as a time-out; they stay out of the key.
+        environment: where it runs a tool whose packages clash with those of slmops; its versions go into the key.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Declaration:
     threads: bool = False
     reproducible: bool = True
     neutral: tuple[str, ...] = ()
+    environment: Environment | None = None
 
 
 class Progress(Protocol):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from slmops.core.engine import KvCache
 from slmops.core.fit import FitSpec
 from slmops.core.forms import Form
 from slmops.core.model import Value
@@ -444,6 +445,12 @@ class Convert(Value):
         description="forms of the student that are made, judged and put into outputs/NAME/ beside the one that ships; each format needs "
         "the extra of its runtime: [llamacpp], [mlx], [openvino]",
     )
+    olive: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], str] = Field(
+        default_factory=dict,
+        description="workflows of Olive that the student goes through, by a name of yours: the file that `olive run --config` "
+        "takes, or a folder that Olive has made of this student. Each result is judged beside the one that ships and put into "
+        "outputs/NAME/olive-NAME/",
+    )
     importance: bool = Field(
         True,
         description="quantised types of GGUF: weigh errors by what training examples make of them (importance matrix)",
@@ -469,7 +476,8 @@ class Convert(Value):
     def onnx(self, precision: Precision) -> dict[str, Any]:
         """The parameters of a conversion to ONNX Runtime GenAI in a precision; `rounding` may still be open."""
         mixed = precision == "int4" and self.embedding_precision == "int8"
-        left_out = {"format", "also", "importance", "min_kept"} | (set() if mixed else {"embedding_precision"})
+        left_out = {"format", "also", "importance", "min_kept", "olive"} | (set() if mixed else {"embedding_precision"})
+        left_out = {"format", "also", "importance", "min_kept", "olive"} | (set() if mixed else {"embedding_precision"})
         return self.model_dump(mode="json", exclude=left_out) | {"precision": precision}
 
 
@@ -517,7 +525,16 @@ class Evaluate(Value):
     )
     max_examples: Positive | None = Field(None, description="judge this many test examples, chosen by digest")
     max_new_tokens: Positive = 64
+    kv_cache: KvCache | None = Field(
+        None,
+        description="how llama.cpp holds keys and values while GGUF forms of `convert.also` are judged and timed; default: f16, or f32 "
+        "for gguf-fp32",
+    )
     measure: Measure = Measure()
+
+    def judging(self) -> dict[str, Any]:
+        """These settings as JSON values; `kv_cache` where it is set."""
+        return self.model_dump(mode="json", exclude={"kv_cache"} if self.kv_cache is None else None)
 
 
 class AdapterTask(Value):

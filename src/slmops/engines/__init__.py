@@ -10,12 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from slmops.core.engine import Engine
+from slmops.core.engine import Engine, KvCache
 from slmops.core.runtimes import Named
 from slmops.errors import ModelError
 
 Runtime = Literal["auto", Named]
 RUNTIMES: tuple[Runtime, ...] = ("auto", *get_args(Named))
+NO_KV_CACHE = {
+    "onnx_genai": "ONNX Runtime GenAI holds keys and values on the CPU as the graph has them, in float32: it has no quantised cache there",
+    "torch": "slmops runs torch for reference, with keys and values in full precision",
+    "mlx": "slmops runs MLX with keys and values in the model's precision",
+    "openvino": "slmops runs OpenVINO with keys and values as it holds them by default",
+}
 
 
 def detect(folder: Path) -> Named:
@@ -37,9 +43,12 @@ def detect(folder: Path) -> Named:
         if not files:
             raise ModelError(f"{folder} has a config.json but no .safetensors file", "save the weights as safetensors")
         return "mlx" if _written_for(files[0]) == "mlx" else "torch"
+    names = ("genai_config.json", "model.gguf", "openvino_model.xml")
+    inner = sorted(path.parent for name in names for path in folder.glob(f"*/{name}"))
+    hint = "point to a Hugging Face model folder or to one that `slmops` converted"
     raise ModelError(
         f"{folder} is not a model: it has neither genai_config.json nor model.gguf nor openvino_model.xml nor config.json",
-        "point to a Hugging Face model folder or to one that `slmops` converted",
+        f"did you mean {inner[0]}?" if inner else hint,
     )
 
 
@@ -53,7 +62,9 @@ def _written_for(file: Path) -> str:
         return ""
 
 
-def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapter: str | None = None) -> Engine:
+def open_engine(
+    folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapter: str | None = None, kv_cache: KvCache | None = None
+) -> Engine:  # fmt: skip
     """Load a model.
 
     Args:
@@ -62,9 +73,10 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
         threads: CPU threads, at least 1.
         kind: the runtime; `auto` takes the one that the folder is for.
         adapter: answer with this one of the folder's adapters (`convert.onnx_adapters`, `convert.gguf_lora`).
+        kv_cache: how keys and values are held, for llama.cpp; None: as the runtime does by default.
 
     Raises:
-        ModelError: the folder is not a model of that kind, has no such adapter, or cannot be loaded.
+        ModelError: the folder is not a model of that kind, has no such adapter, cannot be loaded, or its runtime has no such cache.
         MissingExtraError: the runtime is not installed.
     """
     found = detect(folder)
@@ -77,6 +89,8 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
             f"{folder}: adapters are switched in ONNX Runtime GenAI and llama.cpp only",
             "a trained model's folder has its adapter merged in already: leave the adapter out",
         )
+    if kv_cache is not None:
+        refuse_cache(folder, found)
     if found == "torch":
         from slmops.engines.torch_engine import TorchEngine
 
@@ -84,7 +98,7 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
     if found == "llama_cpp":
         from slmops.engines.llama_cpp import LlamaCppEngine
 
-        return LlamaCppEngine(folder, threads=threads, adapter=adapter)
+        return LlamaCppEngine(folder, threads=threads, adapter=adapter, kv_cache=kv_cache)
     if found == "mlx":
         from slmops.engines.mlx import MlxEngine
 
@@ -96,6 +110,17 @@ def open_engine(folder: Path, *, threads: int = 1, kind: Runtime = "auto", adapt
     from slmops.engines.onnx_genai import GenaiEngine
 
     return GenaiEngine(folder, threads=threads, adapter=adapter)
+
+
+def refuse_cache(folder: Path, runtime: str) -> None:
+    """Refuse to choose the cache of keys and values in a runtime that has no choice.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    if runtime in NO_KV_CACHE:
+        hint = "leave the option out, or convert to GGUF (`convert: {also: [gguf-q8_0]}`)"
+        raise ModelError(f"{folder}: {NO_KV_CACHE[runtime]}", hint)
 
 
 def read_json(path: Path) -> dict[str, Any]:

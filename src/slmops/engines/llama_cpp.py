@@ -2,7 +2,8 @@
 
 Answers come one prompt after the other. The context grows by powers of two up to the model's. A file of float32 is computed
 in float32: keys and values too, and without flash attention, which takes float16 on the way. Any other file is run as the
-runtime does by default. `use` switches between the adapters that `convert.gguf_lora` wrote while the base stays loaded.
+runtime does by default. `kv_cache` says otherwise: keys and values in that type, in 8 or 4 bits with flash attention, without which
+llama.cpp does not quantise values. `use` switches between the adapters that `convert.gguf_lora` wrote while the base stays loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.core.engine import Generation, Sampling
+from slmops.core.engine import Generation, KvCache, Sampling
 from slmops.engines import no_room, one_by_one
 from slmops.engines.adapters import adapter_file
 from slmops.engines.plain_tokenizer import compile_template, render
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ALL_F32 = "0"
 """`general.file_type` of a file whose matrices are float32."""
+KV_BLOCK = 32
+"""Numbers that share a scale in a quantised cache."""
 CHUNK = 512
 """Tokens that go through the model at once."""
 SMALLEST = 256
@@ -38,14 +41,16 @@ class LlamaCppEngine:
 
     name = "llama_cpp"
 
-    def __init__(self, folder: Path, *, threads: int = 1, adapter: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, threads: int = 1, adapter: str | None = None, kv_cache: KvCache | None = None
+    ) -> None:
         try:
             import llama_cpp
             import numpy
         except ImportError as error:
             raise MissingExtraError("llama.cpp", "llamacpp") from error
         self._lib: Any = llama_cpp
-        self._np, self._threads, self._folder = numpy, threads, folder
+        self._np, self._threads, self._folder, self._kv_cache = numpy, threads, folder, kv_cache
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -68,6 +73,7 @@ class LlamaCppEngine:
         first = self._about(f"{kind}.rope.scaling.original_context_length")
         if kind == "phi3" and first:  # with more room the runtime takes other positions for short texts too
             self.context_length = min(self.context_length, int(first))
+        self._check_cache(kind)
         self.end_ids = frozenset(i for i in range(self._size) if llama_cpp.llama_vocab_is_eog(self._vocab, i))
         self._template = compile_template(self._about("tokenizer.chat_template", 1 << 20), folder)
         self._marks = {
@@ -76,6 +82,20 @@ class LlamaCppEngine:
         }
         self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
         self.use(adapter)
+
+    def _check_cache(self, kind: str) -> None:
+        """Refuse a cache in blocks that do not fit the heads: llama.cpp says so only when the first prompt comes."""
+        if self._kv_cache in (None, "f32", "f16"):
+            return
+        heads = int(self._about(f"{kind}.attention.head_count") or 1)
+        whole = int(self._about(f"{kind}.embedding_length") or 0) // heads
+        sizes = {int(self._about(f"{kind}.attention.{part}_length") or whole) for part in ("key", "value")}
+        odd = next((size for size in sizes if size % KV_BLOCK), None)
+        if odd is not None:
+            raise ModelError(
+                f"{self._folder}: heads of size {odd} do not fit a cache in {self._kv_cache}, which has blocks of {KV_BLOCK}",
+                "use f16",
+            )
 
     def _about(self, key: str, room: int = 256) -> str:
         """A value of the file's metadata, "" if it has none."""
@@ -163,9 +183,14 @@ class LlamaCppEngine:
             params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = self._length, CHUNK, CHUNK, 1
             params.n_threads = params.n_threads_batch = self._threads
             params.no_perf = True
-            if self._about("general.file_type") == ALL_F32:
-                params.type_k = params.type_v = lib.GGML_TYPE_F32
-                params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            full = self._about("general.file_type") == ALL_F32
+            if self._kv_cache is not None or full:
+                kind = self._kv_cache or "f32"
+                params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{kind.upper()}")
+                if kind not in ("f32", "f16"):
+                    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+                elif kind == "f32":
+                    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
             self._context = lib.llama_init_from_model(self._model, params)
             if not self._context:
                 self._context = None

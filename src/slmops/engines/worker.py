@@ -1,7 +1,7 @@
 """A fresh process that runs one model and says how long it took and how much memory it held.
 
 `python -m slmops.engines.worker JOB.json RESULT.json`. The job names the model folder, its runtime, the threads, the
-prompts (lists of messages), how many new tokens, and how many warm-up answers to throw away; the result holds seconds
+prompts (lists of messages), how many new tokens, how many warm-up answers to throw away, and maybe the `kv_cache`; the result holds seconds
 per prompt, tokens per prompt, seconds to load, and peak resident bytes after the imports and at the end.
 
 A job with `prompt_tokens` instead of prompts is for speed alone (`slmops bench`): for each of these lengths, `repeats`
@@ -83,7 +83,7 @@ def opened(job: dict[str, Any]) -> tuple[Engine, int, float]:
         importlib.import_module(library)
     imported = peak_bytes()
     started = time.perf_counter()
-    engine = open_engine(Path(job["folder"]), threads=job["threads"], kind=job["runtime"])
+    engine = open_engine(Path(job["folder"]), threads=job["threads"], kind=job["runtime"], kv_cache=job.get("kv_cache"))
     return engine, imported, time.perf_counter() - started
 
 

@@ -71,6 +71,8 @@ def about(variant: str) -> str:
     found = forms.of(form)
     if found is not None:
         where = f"{found.title}, {forms.split(form)[1]}"
+    elif form.startswith("olive-"):
+        where = f"{SAME_RUNTIME}, converted by Olive, {form.removeprefix('olive-')}"
     return f"{who}; {where}"
 
 

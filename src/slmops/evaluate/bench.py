@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from slmops.core.engine import KvCache
 from slmops.evaluate.measure import (
     describe_machine,
     fresh,
@@ -25,7 +26,7 @@ from slmops.evaluate.measure import (
 
 def bench(
     models: Mapping[str, Path], prompt_tokens: Sequence[int], new_tokens: int, rounds: int, repeats: int, threads: int,
-    on_done: Callable[[str], None] = lambda name: None,
+    on_done: Callable[[str], None] = lambda name: None, kv_caches: Sequence[KvCache] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Measure models against each other.
 
@@ -36,6 +37,8 @@ def bench(
         rounds: fresh processes of each model.
         repeats: answers to each prompt in each process.
         on_done: called with the name of what has just run.
+        kv_caches: each model runs once with each of these caches of keys and values, which stand behind its name; none: as its
+            runtime does by default. Only llama.cpp has a choice.
 
     Returns:
         `environment`, `settings`, and by name in `models`: `runtime`, `model_bytes`, `load_s`, `peak_bytes`,
@@ -48,8 +51,14 @@ def bench(
     """
     import tempfile
 
-    from slmops.engines import detect
+    from slmops.engines import detect, refuse_cache
 
+    caches: dict[str, KvCache | None] = dict.fromkeys(models)
+    if kv_caches:
+        for folder in models.values():
+            refuse_cache(folder, detect(folder))
+        caches = {f"{name}, cache {kind}": kind for name in models for kind in kv_caches}
+        models = {f"{name}, cache {kind}": folder for name, folder in models.items() for kind in kv_caches}
     runtimes = {name: detect(folder) for name, folder in models.items()}
     environment = describe_machine()
     job = {
@@ -65,7 +74,8 @@ def bench(
                 idle[runtime] = fresh(idle_job, folder, runtime, Path(work))["peak_bytes"]
                 on_done(f"idle {runtime}")
             for name in order:
-                result = fresh(job, models[name], runtimes[name], Path(work))
+                own = {"kv_cache": caches[name]} if caches[name] else {}
+                result = fresh(job | own, models[name], runtimes[name], Path(work))
                 results[name].append(result | {"idle_bytes": idle[runtimes[name]]})
                 on_done(name)
     environment["load_average"]["end"] = load_average()

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from slmops.core.engine import KvCache
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.core.runtimes import Named
@@ -55,7 +56,8 @@ TIMEOUT_S = 3600.0
 
 
 class Params(BaseParams):
-    """`variants` says which runtime each input `model.<variant>` is measured in; `threads` 0 takes the step's."""
+    """`variants` says which runtime each input `model.<variant>` is measured in; `threads` 0 takes the step's; `kv_cache`: how
+    llama.cpp holds keys and values."""
 
     variants: dict[str, Named]
     prompts: Annotated[int, Field(ge=1)] = 50
@@ -64,6 +66,7 @@ class Params(BaseParams):
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     warmup: Annotated[int, Field(ge=0)] = 5
     split: Literal["test", "validation"] = "test"
+    kv_cache: KvCache | None = None
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -105,7 +108,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             for name in order:
                 folder = folders[name]
                 assert folder is not None
-                result = fresh(job, folder, params.variants[name], Path(work))
+                own = {"kv_cache": params.kv_cache} if params.variants[name] == "llama_cpp" else {}
+                result = fresh(job | own, folder, params.variants[name], Path(work))
                 result["baseline_bytes"] = baselines[params.variants[name]]["idle_bytes"][-1]
                 results[name].append(result)
                 ctx.progress.advance(1, name)

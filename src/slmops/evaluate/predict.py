@@ -58,7 +58,10 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 
     examples = read_split(inputs["data"], params.split, params.max_examples, params.skip)
     asked, tidy = questions(inputs["data"], examples, params.guided, params.shots, ctx.seed)
-    engine = open_engine(inputs["model"], threads=ctx.threads, kind=params.runtime, adapter=params.adapter)
+    cache = getattr(params, "kv_cache", None)  # of `evaluate.predict_llama_cpp`
+    engine = open_engine(
+        inputs["model"], threads=ctx.threads, kind=params.runtime, adapter=params.adapter, kv_cache=cache
+    )
     ctx.progress.start(f"answering {params.split} prompts", len(examples), "prompts")
     try:
         answers, tokens = answer(engine, asked, params.max_new_tokens, ctx)

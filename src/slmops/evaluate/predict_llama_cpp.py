@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from slmops.core.engine import KvCache
 from slmops.core.method import Context, Declaration, Facts
 from slmops.evaluate import predict
 
@@ -20,9 +21,10 @@ DECLARATION = Declaration(
 
 
 class Params(predict.Params):
-    """As those of `evaluate.predict`."""
+    """As those of `evaluate.predict`; `kv_cache`: how keys and values are held."""
 
     runtime: Literal["llama_cpp"] = "llama_cpp"
+    kv_cache: KvCache | None = None
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:

@@ -113,6 +113,8 @@ def _judge(spec: Spec, builder: Builder, data: dict[str, str], form: str, method
             "max_new_tokens": spec.evaluate.max_new_tokens, "max_examples": spec.evaluate.max_examples, "runtime": runtime,
             "adapter": name,
         }  # fmt: skip
+        if runtime == "llama_cpp" and spec.evaluate.kv_cache:
+            params["kv_cache"] = spec.evaluate.kv_cache
         about = f"adapter {name} on its test data"
         predictions[f"predictions.{name}"] = builder.add(
             f"predict-adapter-{name}{form}", method, params, about, inputs, seed=0, threads=1

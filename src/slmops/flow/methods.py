@@ -18,6 +18,7 @@ from typing import cast
 import slmops
 from slmops.core.method import Declaration, Method
 from slmops.errors import MissingExtraError, UsageError
+from slmops.store import environments
 
 GROUP = "slmops.methods"
 GPUS = Path("/proc/driver/nvidia/gpus")
@@ -75,6 +76,8 @@ def environment(declaration: Declaration, threads: int) -> dict[str, str]:
     if declaration.threads:
         locked |= {"threads": str(threads), "machine": platform.machine(), "bf16": bf16()}
         locked |= {"gpu": gpus()} if gpus() else {}
+    if declaration.environment is not None:
+        locked[f"environment {declaration.environment.name}"] = environments.identity(declaration.environment)[:16]
     return locked
 
 
@@ -104,11 +107,14 @@ def bf16() -> str:
 
 
 def require(declaration: Declaration) -> None:
-    """Refuse a method whose packages are not installed.
+    """Refuse a method whose packages are not installed, or whose environment cannot be had.
 
     Raises:
         MissingExtraError: names the first missing package and the pip line.
+        SlmopsError: the environment; see `slmops.store.environments.require`.
     """
     for name in declaration.packages:
         if version_of(name) is None:
             raise MissingExtraError(f"{name} (for {declaration.name})", declaration.extra or "all")
+    if declaration.environment is not None:
+        environments.require(declaration.environment)

@@ -6,8 +6,8 @@
 Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
 `few` and `all` are the student without the teacher, on its few gold labels and on all of them; `whole` is the student before
 its vocabulary was trimmed (`student-trimmed`), `nearest` before its weights were rounded by calibration (`student-rounded`),
-where `compress` asks for that; `student-FORMAT-KIND`: what `convert.also` asks for (`slmops.core.forms`). Adapters of further tasks
-are planned by `slmops.flow.adapters`.
+where `compress` asks for that; `student-FORMAT-KIND`: what `convert.also` asks for (`slmops.core.forms`); `student-olive-NAME`: what
+`convert.olive` does. Adapters of further tasks are planned by `slmops.flow.adapters`.
 """
 
 from __future__ import annotations
@@ -182,6 +182,9 @@ def check(spec: Spec) -> list[Problem]:
         refusal = runtimes.mlx_groups(widths, spec.convert.block_size)
         if refusal:
             wrong("convert.block_size", f"does not suit {rounded_for_mlx[0]}: {refusal.message}", refusal.hint)
+    if spec.evaluate.kv_cache is not None and not any(forms.split(form)[0] == "gguf" for form in spec.convert.also):
+        wrong("evaluate.kv_cache", f"{spec.evaluate.kv_cache} is for llama.cpp, which runs nothing here: ONNX Runtime GenAI has no "
+              "quantised cache on the CPU", "add a form to convert.also, such as gguf-q8_0, or take it out")  # fmt: skip
     for path, value in (("synthesize.filters.max_characters", spec.synthesize.filters),):
         if value.min_characters > value.max_characters:
             wrong(path, "is less than min_characters", "swap them")
@@ -244,6 +247,11 @@ _NEEDS_TEACHER = ("accuracy_retained", "inference_time_reduction", "memory_reduc
 
 def _json(value: Any) -> Any:
     return value.model_dump(mode="json")
+
+
+def held(spec: Spec, runtime: str) -> dict[str, Any]:
+    """The parameter that says how a runtime holds keys and values, if the file does."""
+    return {"kv_cache": spec.evaluate.kv_cache} if spec.evaluate.kv_cache and runtime == "llama_cpp" else {}
 
 
 def _is_hub(path: str) -> bool:
@@ -624,6 +632,17 @@ class _Builder:
         about = f"student to {format.name}, {kind}"
         return self.add(f"student-{form}", format.method, params, about, inputs, threads=1, seed=0)
 
+    def _olive(self, name: str, file: str) -> str:
+        """`student-olive-NAME`: the student through a workflow of Olive."""
+        convert = self.spec.convert
+        params = {
+            "files": self.texts[0], "examples": self.spec.compress.calibration_examples,
+            "fidelity_prompts": convert.fidelity_prompts, "min_token_agreement": convert.min_token_agreement,
+        }  # fmt: skip
+        inputs = {"model": finished(self.spec), "data": "data"} | self.texts[1]
+        about = f"the student through Olive, {PurePosixPath(file).name}"
+        return self.add(f"student-olive-{name}", "convert.olive", params, about, inputs, {"config": file}, seed=0)
+
     def _told(self, variant: str) -> dict[str, Any]:
         """An instructed teacher is judged with the prompts that it labels with."""
         teacher = self.spec.teacher
@@ -642,6 +661,8 @@ class _Builder:
             models[shipped] = (self._convert("student", precision), "onnx_genai")
         for form in spec.convert.also:
             models[f"student-{form}"] = (self._form(form), forms.FORMATS[forms.split(form)[0]].runtime)
+        for name, file in spec.convert.olive.items():
+            models[f"student-olive-{name}"] = (self._olive(name, file), "onnx_genai")
         if spec.compress.quantization != "none":
             models["nearest-int4"] = (self._convert("nearest", precision), "onnx_genai")
         if finished(spec) != "student":
@@ -657,7 +678,7 @@ class _Builder:
             format = forms.of(variant.partition("-")[2])
             method = format.predict if format is not None else "evaluate.predict"
             predictions[f"predictions.{variant}"] = self.add(
-                f"predict-{variant}", method, judged | {"runtime": runtime} | self._told(variant),
+                f"predict-{variant}", method, judged | {"runtime": runtime} | held(spec, runtime) | self._told(variant),
                 f"{variant} on the test data",
                 {"model": step, "data": "data"}, threads=size, seed=seed,
             )  # fmt: skip
@@ -668,14 +689,13 @@ class _Builder:
             )  # fmt: skip
         unmeasured = tuple(f"student-{name}-" for name, format in forms.FORMATS.items() if not format.measured)
         measured = {v: m for v, m in models.items() if not v.startswith(("few", "all", *unmeasured))}
-        measure = _json(spec.evaluate.measure) | {
-            "variants": {variant: runtime for variant, (_step, runtime) in measured.items()},
-            "max_new_tokens": spec.evaluate.max_new_tokens,
-        }
+        variants = {variant: runtime for variant, (_step, runtime) in measured.items()}
+        measure = _json(spec.evaluate.measure) | held(spec, "llama_cpp")
+        measure |= {"variants": variants, "max_new_tokens": spec.evaluate.max_new_tokens}
         inputs = {f"model.{variant}": step for variant, (step, _runtime) in measured.items()} | {"data": "data"}
         self.add("measure", "evaluate.measure", measure, "latency and memory, fresh processes", inputs, seed=0)
         self._fidelity(models)
-        evaluate = _json(spec.evaluate)
+        evaluate = spec.evaluate.judging()
         params = {
             "name": spec.name, "version": spec.version, "task": _json(spec.task), "evaluate": evaluate, "shipped": shipped,
         }  # fmt: skip

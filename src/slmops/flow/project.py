@@ -31,7 +31,7 @@ from slmops.errors import Problem, SpecError, UsageError
 
 FILE_NAME = "slmops.yaml"
 PATH_KEYS = ("data.path", "teacher.base", "student.base")
-_ADAPTER_PATH = re.compile(r"adapters\.[^.]+\.data\.path")
+_NAMED_PATH = re.compile(r"adapters\.[^.]+\.data\.path|convert\.olive\.[^.]+")
 SEE = "mend the file and run the same command again; every key is explained in docs/reference/spec.md"
 
 
@@ -225,7 +225,7 @@ def _override(tree: Any, text: str) -> str:
     except YAMLError:
         value = raw
     if (
-        (key.strip() in PATH_KEYS or _ADAPTER_PATH.fullmatch(key.strip()))
+        (key.strip() in PATH_KEYS or _NAMED_PATH.fullmatch(key.strip()))
         and isinstance(value, str)
         and not value.startswith("hf:")
     ):

@@ -67,7 +67,8 @@ def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0, budge
         budget: as in `Options`.
 
     Raises:
-        UsageError: an endpoint that cannot be asked (bad address, no key, a budget without prices).
+        UsageError: an endpoint that cannot be asked (bad address, no key, a budget without prices), or a source that is not there
+            or cannot be used.
         MissingExtraError: a step's packages are not installed.
         ResourceError: not enough disk.
     """
@@ -76,6 +77,8 @@ def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0, budge
             declaration = methods.get(status.step.method).DECLARATION
             methods.require(declaration)
             params = methods.get(status.step.method).Params.model_validate(status.step.params, strict=False)
+            if status.step.sources and status.step.inputs:  # else the survey has looked at them
+                state.source_digests(status.step)
             endpoint = getattr(params, "endpoint", None)
             if endpoint is not None:
                 check_endpoint(endpoint, budget)
@@ -281,6 +284,7 @@ def export(state: State, result: Result) -> dict[str, Path]:
     student = shipped if shipped in result.outputs else "student"  # a run that was to end with the training
     folders: dict[str, str] = {form: f"student-{form}" for form in also}
     folders |= {f"adapters-{form}": f"student-adapters-{form}" for form in also}
+    folders |= {f"olive-{name}": f"student-olive-{name}" for name in state.project.spec.convert.olive}
     folders |= {"student": student, "bundle": "bundle", "adapters": "student-adapters"}
     for name, step in folders.items():
         if step in result.outputs:
