@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from slmops.compress import gptq
+from slmops.compress import calibrate, gptq, grid
 from slmops.convert.rounding import round_matrix
 from slmops.core.method import Context, SilentProgress
-from slmops.engines.tokenizer import calibration, load_tokenizer
+from slmops.engines.tokenizer import calibration_texts, load_tokenizer
 from slmops.engines.torch_engine import TorchEngine
 from slmops.errors import CompressionError, DataError
 from slmops.train import network
@@ -29,7 +29,7 @@ FILES = ("data/gold.jsonl", "data/pool.jsonl")
 def by_definition(weight: torch.Tensor, found: torch.Tensor, block_size: int, damping: float) -> torch.Tensor:
     """Optimal brain quantisation, column after column: the inverse of what is left is taken anew for each (float64)."""
     diagonal = found.diagonal()
-    scale, largest = gptq.scales_of(weight.float(), diagonal, block_size)
+    scale, largest = grid.scales_of(weight.float(), diagonal, block_size)
     full = (found + damping * diagonal.mean().clamp(min=1e-12) * torch.eye(len(found))).double()
     work, out = weight.double().clone(), torch.empty_like(weight, dtype=torch.float64)
     left = diagonal.argsort(descending=True, stable=True).tolist()
@@ -58,8 +58,8 @@ def test_it_is_what_the_definition_says(columns: int) -> None:
     reference = by_definition(weight, found, 16, 0.01)
     same = (ours - reference).abs() < 1e-5
     assert same.float().mean() > 0.98  # a tie between two integers may fall either way, and moves what follows
-    assert gptq.loss(weight, ours, found) == pytest.approx(gptq.loss(weight, reference, found), rel=0.05)
-    assert gptq.loss(weight, ours, found) < 0.8 * gptq.loss(weight, plain, found)
+    assert calibrate.loss(weight, ours, found) == pytest.approx(calibrate.loss(weight, reference, found), rel=0.05)
+    assert calibrate.loss(weight, ours, found) < 0.8 * calibrate.loss(weight, plain, found)
 
 
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 70), st.sampled_from([16, 32]), st.floats(1e-4, 1e3))
@@ -122,7 +122,8 @@ def test_each_layer_is_calibrated_on_the_rounded_ones_before_it(
     facts = run(whole, data, tmp_path / "small", block_size=16)
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
     engine = TorchEngine(whole)
-    batches = gptq.batched(calibration(engine.tokenizer, {"data": data}, FILES, 256, 128))
+    texts = calibration_texts(engine.tokenizer, {"data": data}, FILES, 256, 128)
+    batches, _marks = calibrate.batched([calibrate.Text(*text) for text in texts])
     assert sum(len(batch) for batch in batches) == 60
     assert facts["tokens"] == sum(batch.numel() for batch in batches)
     torch.testing.assert_close(seen[-1], last_input(rounded, batches), rtol=1e-4, atol=1e-5)
@@ -161,10 +162,10 @@ def test_layers_that_are_not_known_are_refused(tokenizer: Path) -> None:
     model = bases.build("llama", 300)
     model.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
     with pytest.raises(CompressionError, match="extra") as caught:
-        gptq.blocks_of(model)
+        calibrate.blocks_of(model)
     assert caught.value.hint
     with pytest.raises(CompressionError, match="no decoder blocks"):
-        gptq.blocks_of(torch.nn.Linear(2, 2))
+        calibrate.blocks_of(torch.nn.Linear(2, 2))
 
 
 def test_the_rounded_model_answers_like_the_whole_one_more_than_one_rounded_to_nearest(

@@ -13,6 +13,7 @@ from slmops.convert.onnx_genai import Params, supported
 from slmops.convert.rounding import round_matrix
 from slmops.core.digest import digest_file
 from slmops.core.method import Context
+from slmops.core.widths import unit_of
 from slmops.engines import open_engine
 from slmops.engines.fidelity import choose, judge
 from slmops.errors import ConversionError
@@ -82,6 +83,37 @@ def test_rounded_model_is_torch_with_rounded_weights(
         assert np.abs(a - b).max() < 1e-4
     else:
         assert np.sqrt(np.square(a - b).mean()) < 0.05 * a.std(), "activations of 8 bits move logits a little"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Qwen3", "Phi3"])
+def test_each_matrix_gets_its_own_width(
+    kind: str, make_model: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch with every matrix rounded to the width of its unit gives the logits of the converted model."""
+    import torch
+
+    monkeypatch.setattr(onnx_genai, "ACCURACY_LEVEL", 1)
+    model = make_model(kind, **({"original_max_position_embeddings": 64} if kind == "Phi3" else {}))
+    widths = {"table": 8, "0.qkv": 2, "0.o": 8, "0.gate_up": 2, "0.down": 4, "1.qkv": 8, "1.down": 2}
+    (tmp_path / "widths").mkdir()
+    (tmp_path / "widths" / "widths.json").write_text(json.dumps(widths))
+    out = tmp_path / "out"
+    out.mkdir()
+    inputs = {"model": model, "data": data, "widths": tmp_path / "widths"}
+    onnx_genai.run(Params(fidelity_prompts=4, rounding="plain"), inputs, out, Context(0, tmp_path, tmp_path))
+    reference = open_engine(model, kind="torch")
+    with torch.no_grad():
+        for name, weight in reference.model.named_parameters():  # type: ignore[attr-defined]
+            if weight.dim() == 2:
+                bits = widths.get(unit_of(name) or "", 4)
+                weight.copy_(torch.from_numpy(round_matrix(weight.numpy(), bits, 32).values()))
+    converted = open_engine(out)
+    ids = converted.encode([{"role": "user", "content": "is this the same?"}])
+    assert np.abs(reference.logits(ids) - converted.logits(ids)).max() < 1e-4
+    with pytest.raises(ConversionError, match=r"convert\.file_mb") as caught:
+        convert(model, data, tmp_path / "small", file_mb=0.001)
+    assert caught.value.hint
 
 
 @pytest.mark.slow

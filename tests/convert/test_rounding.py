@@ -23,7 +23,7 @@ def by_hand(row: list[float], bits: int) -> list[float]:
     return [float(np.float32(c - half) * np.float32(scale)) for c in codes]
 
 
-@given(seed=st.integers(0, 999), bits=st.sampled_from([4, 8]), scale=st.sampled_from([1e-6, 1e-3, 1.0, 50.0]))
+@given(seed=st.integers(0, 999), bits=st.sampled_from([2, 4, 8]), scale=st.sampled_from([1e-6, 1e-3, 1.0, 50.0]))
 @settings(max_examples=50, deadline=None)
 def test_plain_rule_is_the_written_one(seed: int, bits: int, scale: float) -> None:
     weights = matrix(seed, 3, 32, scale)
@@ -32,7 +32,7 @@ def test_plain_rule_is_the_written_one(seed: int, bits: int, scale: float) -> No
         assert got == by_hand(row[:16], bits) + by_hand(row[16:], bits)
 
 
-@given(seed=st.integers(0, 999), bits=st.sampled_from([4, 8]), block=st.sampled_from([16, 32, 64, 128]))
+@given(seed=st.integers(0, 999), bits=st.sampled_from([2, 4, 8]), block=st.sampled_from([16, 32, 64, 128]))
 @settings(max_examples=50, deadline=None)
 def test_rounded_weights_round_to_themselves(seed: int, bits: int, block: int) -> None:
     once = round_matrix(matrix(seed, 5, 88), bits, block).values()
@@ -40,7 +40,7 @@ def test_rounded_weights_round_to_themselves(seed: int, bits: int, block: int) -
         assert np.array_equal(round_matrix(once, bits, block, search=search).values(), once)
 
 
-@given(seed=st.integers(0, 999), bits=st.sampled_from([4, 8]))
+@given(seed=st.integers(0, 999), bits=st.sampled_from([2, 4, 8]))
 @settings(max_examples=50, deadline=None)
 def test_search_never_raises_the_error(seed: int, bits: int) -> None:
     weights = matrix(seed, 4, 64)
@@ -55,14 +55,14 @@ def test_search_pays_on_ordinary_weights() -> None:
     assert errors[1] < 0.92 * errors[0]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packing_puts_the_low_half_first(bits: int) -> None:
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packing_puts_the_first_code_lowest(bits: int) -> None:
     rounded = round_matrix(matrix(1, 2, 40), bits, 32)
     packed = rounded.packed()
     assert packed.shape == (2, 2, 32 * bits // 8) and packed.dtype == np.uint8
-    if bits == 4:
-        assert np.array_equal(packed & 15, rounded.codes[..., 0::2])
-        assert np.array_equal(packed >> 4, rounded.codes[..., 1::2])
+    each, mask = 8 // bits, (1 << bits) - 1
+    for place in range(each):
+        assert np.array_equal(packed >> bits * place & mask, rounded.codes[..., place::each])
 
 
 def test_zeros_stay_zero() -> None:

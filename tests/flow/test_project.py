@@ -141,9 +141,12 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
         (["train.quantization_aware=int4", "convert.precision=fp32"], "train.quantization_aware"),
         (["compress.quantization=gptq", "convert.precision=int8"], "compress.quantization"),
         (["compress.quantization=gptq", "train.quantization_aware=int4"], "compress.quantization"),
-        (["compress.quantization=gptq", "convert.rounding=search"], "convert.rounding"),
         (["convert.embedding_precision=int8", "convert.precision=fp32"], "convert.embedding_precision"),
         (["convert.embedding_precision=int8", "train.quantization_aware=int4"], "convert.embedding_precision"),
+        (["convert.file_mb=0.001"], "convert.file_mb"),
+        (["convert.file_mb=1.5", "convert.precision=int8"], "convert.file_mb"),
+        (["convert.file_mb=1.5", "convert.embedding_precision=int8"], "convert.embedding_precision"),
+        (["convert.file_mb=1.5", "train.quantization_aware=int4"], "train.quantization_aware"),
         (["compress.vocabulary_at_least=900"], "compress.vocabulary_at_least"),
         (["train.method=dpo", "data={path: rows.jsonl, format: alpaca}"], "data.format"),
         (["train.method=orpo"], "data.columns.rejected"),
@@ -161,6 +164,41 @@ def test_stages_that_do_not_fit_are_named(tmp_path: Path, overrides: list[str], 
     found = check(load(write(tmp_path, GOOD), overrides).spec)
     assert path in [problem.path for problem in found]
     assert all(problem.hint for problem in found)
+
+
+def test_rounding_and_widths_are_planned(tmp_path: Path) -> None:
+    """Each step reads what the one before it made; without a new setting the steps are what they were."""
+
+    def steps(*overrides: str) -> dict[str, Step]:
+        project = load(write(tmp_path, GOOD), list(overrides))
+        return {step.id: step for step in plan(project.spec)}
+
+    texts = ["data/gold.jsonl", "synthetic/train.jsonl", "data/pool.jsonl"]
+    learned = steps("compress.quantization=awq+autoround", "convert.file_mb=1.5", "convert.block_size=64")
+    common = {"files": texts, "examples": 256, "block_size": 64}
+    assert learned["student-widths"].params == common | {"file_mb": 1.5}
+    assert learned["student-scaled"].params == common | {"round": False}
+    assert learned["student-rounded"].method == "compress.autoround"
+    assert learned["student-rounded"].params == common
+    for id, model in (("widths", "student"), ("scaled", "student"), ("rounded", "student-scaled")):
+        assert learned[f"student-{id}"].inputs["model"] == model
+    for id in ("student-scaled", "student-rounded", "student-int4", "nearest-int4"):
+        assert learned[id].inputs["widths"] == "student-widths"
+    for id in ("student-int4", "nearest-int4"):
+        assert learned[id].params["file_mb"] == 1.5
+    assert learned["student-int4"].inputs["model"] == "student-rounded"
+    assert learned["nearest-int4"].inputs["model"] == learned["student-fp32"].inputs["model"] == "student"
+    assert "widths" not in learned["student-fp32"].inputs
+    links = {link["name"]: link for link in learned["fidelity"].params["links"]}
+    assert [links[f"student-{id}"]["expects"] for id in ("scaled", "rounded", "int4")] == [
+        "exact",
+        "rounded",
+        "rounded",
+    ]
+    assert links["student-rounded"]["parent"] == "student-scaled"
+    before = steps("compress.quantization=gptq", "convert.precision=int4")
+    assert before["student-rounded"].params == common | {"block_size": 32}
+    assert "file_mb" not in before["student-int4"].params and "student-widths" not in before
 
 
 PAIRS = ["data={path: rows.jsonl, format: preference}", "teacher=null"]

@@ -79,7 +79,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         onnx_genai.build(base, Path(work), "fuse_qkv=false")
         ctx.progress.stop()
         layers = {layer: shape for found in places.values() for layer, (shape, _) in found.items()}
-        written = onnx_genai.write(base, Path(work), out, params, lambda model: add_inputs(model, layers))
+        written = onnx_genai.write(base, Path(work), out, params, change=lambda model: add_inputs(model, layers))
     finish(out, layers)
     entries = {name: write_adapter(adapter, places[name], out, name) for name, adapter in adapters.items()}
     manifest = {"base": next(iter(adapters.values())).base, "precision": params.precision, "adapters": entries}

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from slmops.convert import onnx_gemma3
-from slmops.core import runtimes
+from slmops.core import runtimes, widths
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.errors import ConversionError, MissingExtraError
@@ -28,7 +28,7 @@ DECLARATION = Declaration(
     name="convert.onnx_genai",
     version="2",
     makes="model",
-    takes={"model": "model", "data": "dataset"},
+    takes={"model": "model", "data": "dataset", "widths?": "widths"},
     extra="convert",
     packages=("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers"),
 )
@@ -45,12 +45,14 @@ class Params(BaseParams):
     `rounding`: `search` looks for the scale with the least squared error in every group; `plain` applies the very rule
     that quantisation-aware training rounds by, so it suits models trained that way with the same block size.
     `embedding_precision`: of the embedding's table and of the output matrix, where they are not rounded as all else.
+    `file_mb`: a model file that is larger, in MB of 10^6 bytes, is an error. The input `widths` has the bits of each matrix.
     """
 
     precision: Literal["fp32", "int8", "int4"] = "int4"
     block_size: Literal[16, 32, 64, 128] = 32
     rounding: Literal["search", "plain"] = "search"
     embedding_precision: Literal["int8", "int4"] | None = None
+    file_mb: Annotated[float, Field(gt=0)] | None = None
     fidelity_prompts: Annotated[int, Field(ge=1)] = 32
     min_token_agreement: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
 
@@ -82,16 +84,31 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         ctx.progress.start("building the graph")
         build(source, Path(work))
         ctx.progress.stop()
-        written = write(source, Path(work), out, params)
+        chosen = read_json(inputs["widths"] / widths.FILE) if "widths" in inputs else None
+        written = write(source, Path(work), out, params, chosen)
+    _fits(out, params.file_mb)
     found = fidelity.check(source, out, examples, params.precision, params.min_token_agreement, ctx)
-    bytes_ = sum(f.stat().st_size for f in out.glob("model.onnx*"))
     return {
         "precision": params.precision,
-        "model_bytes": bytes_,
+        "model_bytes": model_bytes(out),
         "token_agreement": found["token_agreement"],
         "mean_kl": found["mean_kl"],
         **written,
     }
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes of the graph and its tensors."""
+    return sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+
+
+def _fits(out: Path, file_mb: float | None) -> None:
+    size = model_bytes(out)
+    if file_mb is not None and size > file_mb * 1e6:
+        raise ConversionError(
+            f"the model's file has {size / 1e6:.3f} MB, more than convert.file_mb ({file_mb:g})",
+            "give it a little more",
+        )
 
 
 def build(source: Path, work: Path, *extra: str) -> None:
@@ -149,11 +166,13 @@ def _quiet() -> Iterator[io.StringIO]:
 
 
 def write(
-    source: Path, work: Path, out: Path, params: Params, change: Callable[[Any], None] | None = None
+    source: Path, work: Path, out: Path, params: Params, chosen: Mapping[str, int] | None = None,
+    change: Callable[[Any], None] | None = None,
 ) -> Facts:  # fmt: skip
     """Rewrite the builder's graph into `out`, with its settings and the tokenizer of the source.
 
     Args:
+        chosen: bits by unit; see `core.widths`.
         change: done to the builder's graph (an `onnx.ModelProto`) while its nodes still have names.
     """
     import shutil
@@ -175,6 +194,7 @@ def write(
         accuracy_level=ACCURACY_LEVEL,
         search=params.rounding == "search",
         table_bits=BITS[params.embedding_precision] if params.embedding_precision else None,
+        widths=chosen,
     )
     onnx.save_model(
         model, out / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=1024

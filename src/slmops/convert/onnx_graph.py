@@ -12,10 +12,12 @@ Inputs, outputs and their names stay: the runtime goes by them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from slmops.convert.rounding import round_matrix
+from slmops.core.widths import TABLE, unit_of
 from slmops.errors import ConversionError
 
 ROTARY_TOLERANCE = 2e-6
@@ -38,11 +40,13 @@ def rewrite(
     accuracy_level: int,
     search: bool = True,
     table_bits: int | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> Rewrite:
     """Rewrite an `onnx.ModelProto` in place. `bits` None leaves the weights as they are.
 
     Args:
         table_bits: of the embedding's table and of the output matrix; default: `bits`.
+        widths: bits by unit (`core.widths`), before `bits` and `table_bits`.
 
     Raises:
         ConversionError: the graph has no product that can be rounded, though `bits` asks for it.
@@ -51,7 +55,9 @@ def rewrite(
     report = Rewrite()
     _constants_to_initialisers(graph)
     if bits is not None:
-        _round_weights(graph, bits, table_bits or bits, block_size, accuracy_level, search, report)
+        _round_weights(
+            graph, bits, {TABLE: table_bits or bits} | dict(widths or {}), block_size, accuracy_level, search, report
+        )
         if not report.rounded:
             raise ConversionError("the graph has no weight that can be rounded", "use convert.precision: fp32")
     report.rotary_computed = _compute_rotary(graph)
@@ -69,8 +75,8 @@ def _constants_to_initialisers(graph: Any) -> None:
 
 
 def _round_weights(
-    graph: Any, layer_bits: int, table_bits: int, block_size: int, accuracy_level: int, search: bool, report: Rewrite
-) -> None:
+    graph: Any, bits: int, widths: Mapping[str, int], block_size: int, accuracy_level: int, search: bool, report: Rewrite
+) -> None:  # fmt: skip
     import numpy as np
     from onnx import helper, numpy_helper
 
@@ -81,13 +87,13 @@ def _round_weights(
     tables = [_table(node.input[0], tensors, makers) for node in graph.node if node.op_type == "Gather"]
     vocabularies = {found[1].shape[0] for found in tables if found is not None}
 
-    def bits_of(matrix: Any) -> int:
-        return table_bits if matrix.shape[0] in vocabularies else layer_bits
+    def bits_of(node: Any, matrix: Any) -> int:
+        return widths.get(TABLE if matrix.shape[0] in vocabularies else unit_of(node.name) or "", bits)
 
-    def store(name: str, matrix: Any) -> tuple[str, str, int]:
+    def store(name: str, matrix: Any, width: int) -> tuple[str, str, int]:
         """Round a matrix (out, in) once; returns the names of codes and scales, and the padded width."""
         if name not in done:
-            rounded = round_matrix(matrix, bits_of(matrix), block_size, search=search)
+            rounded = round_matrix(matrix, width, block_size, search=search)
             codes, half, wide = f"{name}/q", f"{name}/h", f"{name}/s"
             graph.initializer.append(numpy_helper.from_array(rounded.packed(), codes))
             graph.initializer.append(numpy_helper.from_array(rounded.scales, half))
@@ -98,7 +104,8 @@ def _round_weights(
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors and len(tensors[node.input[1]].dims) == 2:
             matrix = numpy_helper.to_array(tensors[node.input[1]]).T
-            codes, scales, _ = store(node.input[1], matrix)
+            width = bits_of(node, matrix)
+            codes, scales, _ = store(node.input[1], matrix, width)
             nodes.append(
                 helper.make_node(
                     "MatMulNBits",
@@ -107,7 +114,7 @@ def _round_weights(
                     domain="com.microsoft",
                     K=matrix.shape[1],
                     N=matrix.shape[0],
-                    bits=bits_of(matrix),
+                    bits=width,
                     block_size=block_size,
                     accuracy_level=accuracy_level,
                 )
@@ -115,12 +122,11 @@ def _round_weights(
             report.rounded.append(node.name or node.output[0])
         elif node.op_type == "Gather" and (table := _table(node.input[0], tensors, makers)) is not None:
             name, matrix = table
-            codes, scales, padded = store(name, matrix)
+            width = bits_of(node, matrix)
+            codes, scales, padded = store(name, matrix, width)
             rows, columns = matrix.shape
             shape, flat = f"{name}/shape", f"{name}/flat"
-            graph.initializer.append(
-                numpy_helper.from_array(np.array([rows, padded * bits_of(matrix) // 8], np.int64), shape)
-            )
+            graph.initializer.append(numpy_helper.from_array(np.array([rows, padded * width // 8], np.int64), shape))
             nodes.append(helper.make_node("Reshape", [codes, shape], [flat]))
             out = node.output[0] if padded == columns else f"{name}/padded"
             nodes.append(
@@ -129,7 +135,7 @@ def _round_weights(
                     [flat, node.input[1], scales],
                     [out],
                     domain="com.microsoft",
-                    bits=bits_of(matrix),
+                    bits=width,
                     block_size=block_size,
                     gather_axis=0,
                     quantize_axis=1,

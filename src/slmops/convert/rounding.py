@@ -28,7 +28,7 @@ class Rounded:
     Attributes:
         codes: uint8 (out, groups, block_size), values 0 to 2^bits - 1.
         scales: float16 (out, groups).
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         columns: the width before padding.
     """
 
@@ -46,12 +46,13 @@ class Rounded:
         return np.ascontiguousarray(full.reshape(full.shape[0], -1)[:, : self.columns])
 
     def packed(self) -> NDArray[np.uint8]:
-        """The bytes as the runtime reads them: (out, groups, block_size * bits / 8), low half byte first."""
+        """The bytes as the runtime reads them: (out, groups, block_size * bits / 8), the first code in the lowest bits."""
         import numpy as np
 
-        if self.bits == 8:
-            return self.codes
-        packed: NDArray[np.uint8] = self.codes[..., 0::2] | (self.codes[..., 1::2] << np.uint8(4))
+        each = 8 // self.bits
+        packed: NDArray[np.uint8] = self.codes[..., 0::each].copy()
+        for place in range(1, each):
+            packed |= self.codes[..., place::each] << np.uint8(self.bits * place)
         return packed
 
 
@@ -60,7 +61,7 @@ def round_matrix(weights: Any, bits: int, block_size: int, *, search: bool = Fal
 
     Args:
         weights: float32 array (out, in), finite.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         block_size: weights that share a scale.
         search: look for scales with a lower squared error than the plain rule's.
     """

@@ -28,7 +28,8 @@ class Declaration:
     Attributes:
         name: `room.file`, for instance `train.sft`.
         version: raised by hand whenever the same inputs give another output.
-        makes: kind of the artifact it writes: dataset, tokenizer, model, adapters, logits, predictions, measurement, report, bundle.
+        makes: kind of the artifact it writes: dataset, tokenizer, model, adapters, logits, widths, predictions, measurement, report,
+            bundle.
         takes: input name to artifact kind; a name that ends in `?` is optional, one that ends in `*` may come many times
             (as `name.a`, `name.b`).
         extra: the pip extra that its heavy imports need, or "".

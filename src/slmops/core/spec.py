@@ -418,6 +418,9 @@ class Train(Training):
     preference: Preference = Preference()
 
 
+Quantization = Literal["none", "gptq", "awq", "autoround", "awq+gptq", "awq+autoround"]
+
+
 class Compress(Value):
     """What is taken out of the student between its training and its conversion."""
 
@@ -428,11 +431,15 @@ class Compress(Value):
     vocabulary_at_least: NonNegative = Field(
         0, description="with seen: keep this many tokens, those of the earliest merges beside the seen ones"
     )
-    quantization: Literal["none", "gptq"] = Field(
+    quantization: Quantization = Field(
         "none",
-        description="gptq: round to int4 by what the weights do to training texts (arXiv 2210.17323), not each weight alone",
+        description="round by what the weights do to training texts, not each weight alone. gptq (arXiv 2210.17323): each column makes up "
+        "for those before it; awq (arXiv 2306.00978): inputs that carry much are scaled up first; autoround (arXiv 2309.05516): the way "
+        "each weight is rounded is learned; awq+gptq, awq+autoround: one after the other",
     )
-    calibration_examples: Positive = Field(256, description="training examples that gptq looks at")
+    calibration_examples: Positive = Field(
+        256, description="training examples that `quantization` and `convert.file_mb` look at"
+    )
 
 
 class Convert(Value):
@@ -460,6 +467,11 @@ class Convert(Value):
         None,
         description="of the token embedding and the output matrix; default: `precision`. int8 beside int4 loses less, in a larger file",
     )
+    file_mb: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="the largest model file, in MB of 10^6 bytes: matrices get 2, 4 or 8 bits each, so that the answers to training "
+        "examples change least; for precision int4",
+    )
     fidelity_prompts: Positive = 32
     rounding: Literal["search", "plain"] | None = Field(
         None,
@@ -476,8 +488,9 @@ class Convert(Value):
     def onnx(self, precision: Precision) -> dict[str, Any]:
         """The parameters of a conversion to ONNX Runtime GenAI in a precision; `rounding` may still be open."""
         mixed = precision == "int4" and self.embedding_precision == "int8"
-        left_out = {"format", "also", "importance", "min_kept", "olive"} | (set() if mixed else {"embedding_precision"})
-        left_out = {"format", "also", "importance", "min_kept", "olive"} | (set() if mixed else {"embedding_precision"})
+        left_out = {"format", "also", "importance", "min_kept", "olive", "file_mb"} | (
+            set() if mixed else {"embedding_precision"}
+        )
         return self.model_dump(mode="json", exclude=left_out) | {"precision": precision}
 
 

@@ -60,11 +60,21 @@ def examples_of(inputs: Mapping[str, Path], files: Sequence[str]) -> Iterator[Ex
 def calibration(
     tokenizer: Any, inputs: Mapping[str, Path], files: Sequence[str], count: int, longest: int
 ) -> list[list[int]]:
+    """Token ids of the texts that a quantiser looks at; see `calibration_texts`."""
+    return [ids for ids, _start in calibration_texts(tokenizer, inputs, files, count, longest)]
+
+
+def calibration_texts(
+    tokenizer: Any, inputs: Mapping[str, Path], files: Sequence[str], count: int, longest: int
+) -> list[tuple[list[int], int]]:
     """Token ids of the texts that a quantiser looks at: prompts with their answers, as a model reads them.
 
     Args:
         files: of examples, as `input/file`; of all of them the `count` with the smallest ids are taken.
         longest: most tokens of a text; the rest of a longer one is left out.
+
+    Returns:
+        With each text the position from which on the next token is the answer's (the last position of the prompt).
 
     Raises:
         DataError: there is no example.
@@ -72,9 +82,9 @@ def calibration(
     found = {(example.id, example.answer or ""): example for example in examples_of(inputs, files)}
     if not found:
         raise DataError("there is no example to calibrate on", f"the files are: {', '.join(files)}")
-    ids = []
+    texts = []
     for key in sorted(found)[:count]:
         parts = rendered(tokenizer, found[key])[: 1 if found[key].answer is None else 2]
         encoded = tokenizer(list(parts), add_special_tokens=False)["input_ids"]
-        ids.append([id for part in encoded for id in part][:longest])
-    return ids
+        texts.append(([id for part in encoded for id in part][:longest], len(encoded[0]) - 1))
+    return texts

@@ -15,8 +15,8 @@ FULL = ("fp32", "fp16")
 """Precisions in which a conversion changes nothing that shows."""
 SAME = ("compress.vocabulary",)
 """Methods whose result answers as what it was made from, for texts that both can write."""
-ROUNDING = ("compress.gptq",)
-NEAR = ("compress.gptq",)
+ROUNDING = ("compress.gptq", "compress.awq", "compress.autoround")
+NEAR = ("compress.gptq", "compress.autoround")
 """Of these, those that leave each weight about where it was."""
 ADAPTER = "student-adapter"
 
@@ -25,7 +25,7 @@ def expects(step: Step) -> Expect:
     """What a step may change of the model that it takes."""
     if step.method.startswith("convert."):
         return "exact" if step.params.get("precision") in FULL else "rounded"
-    if step.method in SAME:
+    if step.method in SAME or step.params.get("round") is False:
         return "exact"
     return "rounded" if step.method in ROUNDING else "learned"
 
@@ -68,7 +68,8 @@ def chain(
             inputs.update({f"model.{ADAPTER}": id, f"base.{ADAPTER}": step.inputs["base"]})
             parent, kind = ADAPTER, "exact"
         runtime: Any = runtimes.get(id, "torch")
-        found[id] = Link(name=id, parent=parent, expects=kind, runtime=runtime, guided=told, near=step.method in NEAR)
+        near = step.method in NEAR and "widths" not in step.inputs  # with 2 bits a weight may end far off
+        found[id] = Link(name=id, parent=parent, expects=kind, runtime=runtime, guided=told, near=near)
         inputs[f"model.{id}"] = id
 
     for variant, (step, _runtime) in models.items():

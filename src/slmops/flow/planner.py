@@ -162,8 +162,30 @@ def check(spec: Spec) -> list[Problem]:
             "rounds weights that train.quantization_aware has rounded already",
             "take one of them out",
         )
-    if spec.compress.quantization != "none" and spec.convert.rounding == "search":
-        wrong("convert.rounding", "would look for scales that compress.quantization has found", "take it out")
+    if spec.convert.file_mb is not None:
+        for path, clash, why in (
+            (
+                "convert.file_mb",
+                spec.convert.precision != "int4",
+                f"is for int4, but the result is {spec.convert.precision}",
+            ),
+            (
+                "convert.embedding_precision",
+                spec.convert.embedding_precision is not None,
+                "is chosen by convert.file_mb",
+            ),
+            (
+                "train.quantization_aware",
+                spec.train.quantization_aware != "off",
+                "trains for int4 throughout, not for convert.file_mb",
+            ),
+        ):
+            if clash:
+                wrong(path, why, "take one of them out")
+        least = parameters(student.model, 0) * (2 + 16 / spec.convert.block_size) / 8e6 if student.model else 0.0
+        if spec.convert.file_mb < least:
+            wrong("convert.file_mb", f"({spec.convert.file_mb:g}) is less than the blocks take with 2 bits for each weight",
+                  f"give more than {least:.2f}, or a smaller student.model")  # fmt: skip
     if spec.convert.embedding_precision not in (None, spec.convert.precision):
         if spec.convert.precision != "int4":
             wrong("convert.embedding_precision", f"is {spec.convert.embedding_precision} in a model in {spec.convert.precision}",
@@ -259,6 +281,7 @@ def _is_hub(path: str) -> bool:
 
 
 TRIMMED, ROUNDED = "student-trimmed", "student-rounded"
+WIDTHS, SCALED = "student-widths", "student-scaled"
 
 
 def finished(spec: Spec) -> str:
@@ -566,7 +589,7 @@ class _Builder:
             self.add(name, "train.sft", params, without[name], learned, threads=threads)
 
     def _compress(self, files: list[str], taught: Mapping[str, str], threads: int) -> None:
-        """`student-trimmed` and `student-rounded`. Prompts without labels count as texts too."""
+        """`student-trimmed`, `student-widths`, `student-scaled`, `student-rounded`. Prompts without labels count as texts too."""
         compress = self.spec.compress
         texts = [*files, "data/pool.jsonl"]
         inputs = {name: step for name, step in taught.items() if name in ("data", "synthetic", "augmented")}
@@ -575,15 +598,30 @@ class _Builder:
             params: dict[str, Any] = {"files": texts, "at_least": compress.vocabulary_at_least}
             about = "leave out the tokens that the task has no use for"
             self.add(TRIMMED, "compress.vocabulary", params, about, {"model": "student"} | inputs, threads=1, seed=0)
-        if compress.quantization == "gptq":
-            params = {
-                "files": texts,
-                "examples": compress.calibration_examples,
-                "block_size": self.spec.convert.block_size,
-            }
-            about = "round to int4 by what training texts make of the weights (GPTQ)"
-            given = {"model": finished(self.spec)} | inputs
-            self.add(ROUNDED, "compress.gptq", params, about, given, seed=0, threads=threads)
+        convert = self.spec.convert
+        params = {"files": texts, "examples": compress.calibration_examples, "block_size": convert.block_size}
+        given = {"model": finished(self.spec)} | inputs
+        if convert.file_mb is not None:
+            about = "the bits of each matrix for the size of file"
+            self.add(
+                WIDTHS,
+                "compress.sensitivity",
+                params | {"file_mb": convert.file_mb},
+                about,
+                given,
+                seed=0,
+                threads=threads,
+            )
+            given["widths"] = WIDTHS
+        method: str = compress.quantization
+        if method.startswith("awq+"):
+            method = method.removeprefix("awq+")
+            about = "scale inputs by what training texts make of them (AWQ)"
+            self.add(SCALED, "compress.awq", params | {"round": False}, about, given, seed=0, threads=threads)
+            given["model"] = SCALED
+        if method != "none":
+            about = f"round by what training texts make of the weights ({method})"
+            self.add(ROUNDED, f"compress.{method}", params, about, given, seed=0, threads=threads)
 
     def _convert(self, model: str, precision: Precision) -> str:
         """`MODEL-PRECISION`. Models: those that were trained, `student` compressed if that is asked for, `whole` with its whole
@@ -593,8 +631,12 @@ class _Builder:
             trained = ROUNDED
         convert = self.spec.convert.onnx(precision)
         aware = self.spec.train.quantization_aware != "off" and model != "teacher"
-        rounding = convert["rounding"] or ("plain" if aware or trained == ROUNDED else "search")
+        rounding = convert["rounding"] or ("plain" if aware else "search")
         params = convert | {"rounding": rounding}
+        inputs = {"model": trained, "data": "data"}
+        if precision == "int4" and model in ("student", "nearest") and self.spec.convert.file_mb is not None:
+            params["file_mb"] = self.spec.convert.file_mb
+            inputs["widths"] = WIDTHS
         threads = 1
         about = f"{model} to ONNX Runtime GenAI, {precision}"
         return self.add(
@@ -602,7 +644,7 @@ class _Builder:
             "convert.onnx_genai",
             params,
             about,
-            {"model": trained, "data": "data"},
+            inputs,
             threads=threads,
             seed=0,
         )
@@ -611,7 +653,7 @@ class _Builder:
         """`student-FORMAT-KIND`: from the rounded student where that one's weights lie on the form's grid already."""
         convert, (name, kind) = self.spec.convert, forms.split(form)
         format = forms.FORMATS[name]
-        rounded = self.spec.compress.quantization != "none"
+        rounded = self.spec.compress.quantization != "none" and convert.file_mb is None
         checked = {"fidelity_prompts": convert.fidelity_prompts, "min_token_agreement": convert.min_token_agreement}
         params: dict[str, Any] = {"precision": kind} | checked
         kept, extra = False, dict[str, str]()
