@@ -93,11 +93,15 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
     from slmops.flow.planner import plan
     from slmops.flow.project import load
 
-    (text,) = [text for kind, text in blocks(ROOT / "docs" / "guides" / "smaller-models.md") if kind == "yaml"]
-    yaml = YAML()
-    with (tmp_path / "slmops.yaml").open("w") as out:
-        yaml.dump({**yaml.load(SPEC), **yaml.load(text)}, out)
-    steps = {step.id: step for step in plan(load(tmp_path / "slmops.yaml", []).spec)}
+    yaml, plans = YAML(), []
+    for kind, text in blocks(ROOT / "docs" / "guides" / "smaller-models.md"):
+        if kind == "yaml":
+            with (tmp_path / "slmops.yaml").open("w") as out:
+                yaml.dump({**yaml.load(SPEC), **yaml.load(text)}, out)
+            plans.append({step.id: step for step in plan(load(tmp_path / "slmops.yaml", []).spec)})
+    steps, pruned = plans
+    assert pruned["student-recovered"].inputs["base"] == "student-narrowed"
+    assert pruned["student-int4"].inputs["model"] == pruned["student-fp32"].inputs["model"] == "student-recovered"
     assert steps["student-int4"].inputs["model"] == "student-rounded"
     assert steps["student-rounded"].inputs["model"] == steps["nearest-int4"].inputs["model"] == "student-trimmed"
     assert steps["student-fp32"].inputs["model"] == "student-trimmed"

@@ -68,6 +68,38 @@ def test_what_the_runtime_cannot_take_is_refused_here(change: dict[str, Any], sa
             fetch.run(fetch.Params(model=name), {"model": source}, tmp_path / "out-bad", context)
 
 
+PHI = {
+    "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "max_position_embeddings": 64, "hidden_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 99,
+    "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prune", "gguf", "says"),
+    [
+        ({"layers": 2}, False, "2 blocks cannot be taken out of 2"),
+        ({"ffn": 0.9}, False, "ffn 0.9 leaves none of 128"),
+        ({"heads": 0.5}, False, ""),
+        ({"heads": 0.5}, True, "2 heads of size 16 are not as wide as the model"),
+        ({"layers": 1, "ffn": 0.5}, True, ""),
+        ({"sparsity": "2:4"}, True, ""),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_here(prune: dict[str, Any], gguf: bool, says: str, tmp_path: Path) -> None:
+    """Neither what the shape does not give, nor what a runtime cannot take afterwards."""
+    source = fill(tmp_path / "phi", SPLIT | {"config.json": json.dumps(PHI).encode()})
+    (tmp_path / "out").mkdir()
+    context = Context(seed=0, scratch=tmp_path / "scratch", shared=tmp_path / "shared")
+    params = fetch.Params.model_validate({"model": "phi", "runtime": "onnx_genai", "gguf": gguf, "prune": prune})
+    if not says:
+        fetch.run(params, {"model": source}, tmp_path / "out", context)
+        return
+    with pytest.raises(ConversionError, match=says) as caught:
+        fetch.run(params, {"model": source}, tmp_path / "out", context)
+    assert caught.value.hint
+
+
 def fill(folder: Path, files: dict[str, bytes]) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 
 from slmops.bundle.manifest import verify
 from slmops.cli.run import CODES
@@ -478,6 +479,26 @@ def test_a_student_ships_with_the_tokens_of_its_task_and_rounded_on_its_texts(fi
     folders = finished.model("few"), finished.folder / "outputs" / "trimmed" / "student"
     before, after = (json.loads((folder / "config.json").read_text())["vocab_size"] for folder in folders)
     assert 261 < after < before
+
+
+def test_a_pruned_student_learns_again_and_is_compared_with_what_it_was(finished: Finished) -> None:
+    """With the teacher's cached distributions, which are there already; its zeros stay zero to the end."""
+    prune = {"layers": 1, "ffn": 0.5, "sparsity": 0.5, "recover": {"epochs": 2}}
+    student = {"model": {"layers": 2, "hidden": 32, "heads": 2, "ffn": 64, "context": 64}}
+    ran, report = go(variant(finished.folder, "pruned", student=student, compress={"prune": prune}))
+    assert {"student-shortened", "student-narrowed", "student-sparse", "student-recovered", "unpruned-int4"} <= ran
+    assert "logits" not in ran
+    steps = {c.name: c for c in report.comparisons}
+    assert (steps["pruning"].reference, steps["pruning"].candidate) == ("unpruned-int4", "student-int4")
+    assert steps["pruning"].size_reduction.value is not None and steps["pruning"].size_reduction.value > 0
+    assert "student-recovered" in {training.name for training in report.training}
+    folder = finished.folder / "outputs" / "pruned" / "student"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (1, 32)
+    weights = load_file(folder / "model.safetensors")
+    shares = [float((w == 0).float().mean()) for name, w in weights.items() if name.endswith("_proj.weight")]
+    assert len(shares) == 7 and min(shares) > 0.49 and max(shares) < 0.51
+    assert go(finished.folder / "pruned.yaml")[0] == set()
 
 
 OTHER_FORMS = ["mlx-int4", "openvino-int4", "safetensors-bf16"]

@@ -38,6 +38,15 @@ def test_a_plan_compares_every_form_with_the_one_that_it_was_made_from(tmp_path:
     assert [name for name, link in links.items() if link["near"]] == ["student-rounded"]
 
 
+def test_what_pruning_leaves_and_what_learns_again_are_hops_of_their_own(tmp_path: Path) -> None:
+    links = planned(tmp_path, "student.model.layers=2", "compress.prune={layers: 1, sparsity: 0.5, recover: {}}")
+    chain = ["teacher", "student", "student-shortened", "student-sparse", "student-recovered"]
+    assert [links[name]["parent"] for name in chain] == [None, *chain[:-1]]
+    assert {links[name]["expects"] for name in chain} == {"learned"}
+    assert (links["student-fp32"]["parent"], links["student-fp32"]["expects"]) == ("student-recovered", "exact")
+    assert "unpruned-int4" not in links
+
+
 def test_a_merged_adapter_is_a_hop_of_its_own(tmp_path: Path) -> None:
     text = GOOD[: GOOD.index("teacher:")] + "student: {base: hf:org/base}\ntrain: {tuning: lora}\n"
     links = planned(tmp_path, text=text)

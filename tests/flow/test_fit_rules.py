@@ -135,6 +135,14 @@ def test_this_machine_can_be_measured() -> None:
 # ------------------------------------------------------------------------------------------- the space, and its mistakes
 
 
+def test_what_compress_takes_out_does_not_count_before_it_is_known(tmp_path: Path) -> None:
+    """A student that is pruned or trimmed may be smaller than its architecture says: it is not given up for that."""
+    for key, values in (("compress.prune", "[null, {ffn: 0.5}]"), ("compress.vocabulary", "[whole, seen]")):
+        spec = load(write(tmp_path, GOOD), [f"fit={{vary: {{{key}: {values}}}}}"]).spec
+        whole, smaller = fit_plan.space(spec, ()).candidates
+        assert whole.parameters is not None and smaller.parameters is None
+
+
 def test_each_model_is_one_candidate_and_what_does_not_go_together_is_named(tmp_path: Path) -> None:
     spec = load(write(tmp_path, GOOD)).spec
     space = fit_plan.space(spec, ("gguf-q4_0", "gguf-q8_0"))

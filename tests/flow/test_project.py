@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,10 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
     assert "slmops init" in caught.value.hint
 
 
+PAIRS = ["data={path: rows.jsonl, format: preference}", "teacher=null"]
+BASED = ["student={base: some/folder}"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "path"),
     [
@@ -148,6 +153,14 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
         (["convert.file_mb=1.5", "convert.embedding_precision=int8"], "convert.embedding_precision"),
         (["convert.file_mb=1.5", "train.quantization_aware=int4"], "train.quantization_aware"),
         (["compress.vocabulary_at_least=900"], "compress.vocabulary_at_least"),
+        (["compress.prune={layers: 1}"], "compress.prune"),
+        (["compress.prune={ffn: 0.9}"], "compress.prune"),
+        (["compress.prune={heads: 0.2}"], "compress.prune"),
+        (["compress.prune={sparsity: '2:4'}", "compress.quantization=gptq"], "compress.quantization"),
+        (["compress.prune={ffn: 0.5, sparsity_method: wanda}"], "compress.prune.sparsity_method"),
+        (["compress.prune={ffn: 0.5}", "train.quantization_aware=int4"], "train.quantization_aware"),
+        ([*PAIRS, "compress.prune={ffn: 0.5, recover: {}}", "train.method=orpo"], "compress.prune.recover"),
+        ([*BASED, "compress.prune={sparsity: 0.5, recover: {}}", "train.tuning=lora"], "train.tuning"),
         (["train.method=dpo", "data={path: rows.jsonl, format: alpaca}"], "data.format"),
         (["train.method=orpo"], "data.columns.rejected"),
         (["train.method=orpo"], "teacher"),
@@ -231,7 +244,6 @@ def test_preference_methods_are_planned(tmp_path: Path) -> None:
         assert found["student"].params["files"] == ["data/gold.jsonl"]
 
 
-BASED = ["student={base: some/folder}"]
 COUNTED = ["data={path: rows.jsonl, gold: {total: 20}, teacher_share: 0.5}"]
 
 
@@ -260,6 +272,38 @@ def test_trainings_look_at_the_validation_split(
     assert set(looked) - {"teacher"} == set(trained.split())
     for id, file in looked.items():
         assert file == ("data/validation.jsonl" if split or id == "teacher" else None), id
+
+
+def test_pruning_and_recovery_are_planned_between_training_and_all_else(tmp_path: Path) -> None:
+    def steps(*overrides: str) -> dict[str, Step]:
+        return {step.id: step for step in plan(load(write(tmp_path, GOOD), list(overrides)).spec)}
+
+    prune = "compress.prune={layers: 2, ffn: 0.25, heads: 0.5, sparsity: 2:4, recover: {epochs: 2}}"
+    shape = ["train.max_steps=9", "student.model.layers=4", "student.model.heads=2", "student.model.ffn=128"]
+    for method, given in (("sequence", {}), ("logits", {"logits": "logits"})):
+        found = steps(*shape, prune, "compress.vocabulary=seen", f"train.method={method}")
+        chain = ["student", "student-shortened", "student-narrowed", "student-sparse"]
+        for before, after in itertools.pairwise(chain):
+            assert found[after].inputs["model"] == before
+            assert found[after].params["files"] == found["student-trimmed"].params["files"]
+        student, again = found["student"], found["student-recovered"]
+        assert (again.method, again.params["keep_zeros"], again.params["architecture"]) == (student.method, True, None)
+        assert again.params["training"] == {**student.params["training"], "epochs": 2.0, "max_steps": None}
+        own = {"data": "data", "synthetic": "synthetic"} | given
+        assert again.inputs == {**own, "base": "student-sparse"} and own.items() <= student.inputs.items()
+        assert found["student-trimmed"].inputs["model"] == found["whole-int4"].inputs["model"] == "student-recovered"
+        assert found["unpruned-int4"].inputs["model"] == "student"
+        assert found["report"].inputs["training.student-recovered"] == "student-recovered"
+    wanda = steps(*shape, "compress.prune={sparsity: 0.5, sparsity_method: wanda}")
+    assert wanda["student-sparse"].method == "compress.wanda"
+    assert wanda["student-int4"].inputs["model"] == "student-sparse" and "student-recovered" not in wanda
+    based = steps(*BASED, "compress.prune={ffn: 0.5, recover: {}}", "train.tuning=lora")
+    assert based["student-base"].params["prune"] == {"layers": 0, "ffn": 0.5, "heads": 0.0, "sparsity": None}
+    assert based["student-recovered"].inputs["base"] == "student-narrowed"
+    assert "keep_zeros" not in based["student-recovered"].params
+    for id, step in steps(*BASED, "train.tuning=lora").items():
+        if id != "student-base" and id in based and id not in ("measure", "fidelity", "report"):
+            assert (step.params, step.method) == (based[id].params, based[id].method), id
 
 
 def test_shards_are_steps_that_wait_for_each_other_nowhere(tmp_path: Path) -> None:

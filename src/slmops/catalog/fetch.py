@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from slmops.core import forms, method, runtimes
+from slmops.core import forms, method, pruning, runtimes
 from slmops.core.method import Context, Declaration, Facts
+from slmops.core.spec import Prune
 from slmops.errors import ConversionError, MissingExtraError, ModelError
 
 DECLARATION = Declaration(name="catalog.fetch", version="1", makes="model", takes={"model?": "folder"})
@@ -24,12 +25,13 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"
 
 class Params(method.Params):
     """`model`: the folder's name, or `hf:ORG/NAME[@REVISION]`; `runtime`: what it is converted for later, if anything; `gguf`: whether
-    it will be GGUF too; `formats`: what other formats it will be in."""
+    it will be GGUF too; `formats`: what other formats it will be in; `prune`: what is taken out of it before."""
 
     model: str
     runtime: Literal["onnx_genai"] | None = None
     gguf: bool = False
     formats: tuple[str, ...] = ()
+    prune: Prune | None = None
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -46,7 +48,10 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     else:
         source = _download(params.model, ctx)
     config = _check(source, params.model)
-    refusal = runtimes.onnx_genai(config) if params.runtime else None
+    refusal = pruning.refusal(config, params.prune) if params.prune else None
+    if params.prune and not refusal:
+        config = pruning.pruned(config, params.prune)
+    refusal = refusal or (runtimes.onnx_genai(config) if params.runtime else None)
     for name in (*(["gguf"] if params.gguf else []), *params.formats):
         refusal = refusal or forms.FORMATS[name].refuse(config)
     if refusal:

@@ -6,7 +6,7 @@ A method opens the model with `opened`, goes through `blocks` with the hidden st
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 4096
-HINT = "leave compress.quantization out"
+HINT = "take it out of `compress`"
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,36 @@ def blocks_of(model: Any) -> list[Any]:
     return blocks
 
 
-def staged(block: Any) -> Iterator[dict[str, Any]]:
+def walk(
+    it: Opened, ctx: Context, label: str, units: Iterable[Sequence[str]] = tuple(core.ROLES.values())
+) -> Iterator[tuple[str, Any, torch.Tensor]]:
+    """Linear layers in the order in which the model computes them, each with the `moments` of its inputs.
+
+    What is done to a layer's weight before the next one is asked for is seen by those after it. To be used without gradients.
+
+    Args:
+        units: names of layers with the same input, unit by unit; others are left out.
+
+    Yields:
+        Name of the layer in the model, the layer, and its moments; layers of one unit share theirs.
+    """
+    wanted = tuple(units)
+    ctx.progress.start(label, len(it.blocks), "blocks")
+    hidden, settings = first_inputs(it.model, it.blocks, it.batches)
+    for number, block in enumerate(it.blocks):
+        for layers in staged(block, wanted):
+            found = moments(block, next(iter(layers.values())), hidden, settings[number])
+            for name, layer in layers.items():
+                yield f"model.layers.{number}.{name}", layer, found
+        hidden = [call(block, h, kwargs) for h, kwargs in zip(hidden, settings[number], strict=True)]
+        ctx.progress.advance()
+    ctx.progress.stop()
+
+
+def staged(block: Any, units: Iterable[Sequence[str]] = tuple(core.ROLES.values())) -> Iterator[dict[str, Any]]:
     """The linear layers of a block by name, unit by unit in the order in which it computes them."""
     modules = dict(block.named_modules())
-    for names in core.ROLES.values():
+    for names in units:
         found = {name: module for name, module in modules.items() if name.rpartition(".")[2] in names}
         if found:
             yield found

@@ -92,6 +92,16 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     return {"tokens": tokens, "error_to_nearest": round(after / before, 6) if before else None, "blocks": blocks}
 
 
+def upper_factor(found: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of a `hessian` with `damping` added to its diagonal: (inputs, inputs)."""
+    import torch
+
+    damped = found.clone()
+    damped.diagonal().add_(damping)
+    factor: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor
+
+
 def round_layer(
     weight: torch.Tensor, found: torch.Tensor, block_size: int, damping: float, bits: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,9 +122,7 @@ def round_layer(
     scale, largest = scales_of(work, diagonal, block_size, bits)
     plain = nearest(work, scale, largest, bits)
     order = diagonal.argsort(descending=True, stable=True)
-    damped = found[order][:, order].clone()
-    damped.diagonal().add_(damping * diagonal.mean().clamp(min=1e-12))
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    upper = upper_factor(found[order][:, order], damping * diagonal.mean().clamp(min=1e-12))
     work, scale, largest = work[:, order], scale[:, order], largest[:, order]
     done = torch.empty_like(work)
     for start in range(0, work.shape[1], COLUMNS):

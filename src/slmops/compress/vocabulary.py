@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slmops.compress import bpe
+from slmops.compress import bpe, folder
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.core.spec import NonNegative
@@ -33,7 +33,7 @@ DECLARATION = Declaration(
 )
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-TOLD = ("chat_template.jinja", "special_tokens_map.json", "training.json")
+TOLD = ("chat_template.jinja", "special_tokens_map.json")
 LISTS = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "bad_words_ids", "sequence_bias")
 
 
@@ -83,7 +83,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     fresh = load_tokenizer(out)
     _check(fresh, _texts(fresh, inputs, params.files), ids, new)
     told = _growth(tokenizer, fresh, inputs["data"])
-    _training(out, sizes[1])
+    folder.record(source, out, sizes[1])
     ctx.progress.log(
         f"{len(order):,} of {config['vocab_size']:,} tokens kept ({used:,} for the training texts, all bytes and control marks): "
         f"{sizes[1] / 1e6:.2f} M parameters instead of {sizes[0] / 1e6:.2f} M"
@@ -187,36 +187,17 @@ def _weights(source: Path, out: Path, order: Sequence[int], rows: int) -> tuple[
         ModelError: there are no weights.
     """
     import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    chosen, before, after, size = torch.tensor(order), 0, 0, 0
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{source} holds no safetensors file", "convert the weights first")
-    for path in files:
-        tensors = {}
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                tensor = file.get_tensor(name)
-                before += tensor.numel()
-                if name in TABLES:
-                    tensor = tensor[chosen].contiguous()
-                elif "embed" in name or "lm_head" in name or (tensor.dim() == 2 and tensor.shape[0] == rows):
-                    raise CompressionError(
-                        f"the tensor {name} may hold a row for each token, which is not known", bpe.HINT
-                    )
-                after += tensor.numel()
-                size += tensor.numel() * tensor.element_size()
-                tensors[name] = tensor
-            meta = file.metadata()
-        save_file(tensors, out / path.name, meta or {"format": "pt"})
-        (out / path.name).chmod(0o644)
-    index = read_json(source / "model.safetensors.index.json")
-    if isinstance(index, dict):
-        index.setdefault("metadata", {})["total_size"] = size
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return before, after
+    chosen = torch.tensor(order)
+
+    def change(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if name in TABLES:
+            return name, tensor[chosen]
+        if "embed" in name or "lm_head" in name or (tensor.dim() == 2 and tensor.shape[0] == rows):
+            raise CompressionError(f"the tensor {name} may hold a row for each token, which is not known", bpe.HINT)
+        return name, tensor
+
+    return folder.rewrite(source, out, change)
 
 
 def _check(fresh: Any, texts: list[str], ids: list[list[int]], new: Mapping[int, int]) -> None:
@@ -238,12 +219,3 @@ def _growth(before: Any, after: Any, data: Path) -> float | None:
     split = {"data": data}, ("data/validation.jsonl",)
     counts = [sum(map(len, _encoded(tokenizer, _texts(tokenizer, *split)))) for tokenizer in (before, after)]
     return round(counts[1] / counts[0] - 1, 6) if counts[0] else None
-
-
-def _training(out: Path, parameters: int) -> None:
-    """The record of the training, with the weights that there are now."""
-    record = read_json(out / "training.json")
-    if isinstance(record, dict):
-        (out / "training.json").write_text(
-            json.dumps(record | {"parameters": parameters}, indent=2) + "\n", encoding="utf-8"
-        )

@@ -17,7 +17,7 @@ from slmops.core.spec import Task
 
 SCHEMA = 1
 Finding = Literal["helped", "hurt", "no difference found"]
-Delta = Literal["distilling", "quantising", "trimming", "calibrating", "both", "as_shipped"]
+Delta = Literal["distilling", "quantising", "pruning", "trimming", "calibrating", "both", "as_shipped"]
 
 
 class Estimate(Value):
@@ -132,8 +132,9 @@ class Comparison(Value):
     """What one step of the way from teacher to shipped student changes."""
 
     name: Delta = Field(
-        description="`distilling`: fp32 teacher to fp32 student; `quantising`: fp32 student to shipped; `trimming`: whole "
-        "vocabulary to trimmed, same precision; `calibrating`: weights rounded each alone to rounded on training texts; "
+        description="`distilling`: fp32 teacher to fp32 student; `quantising`: fp32 student to shipped; `pruning`: the student as "
+        "trained to pruned (and trained again), same precision; `trimming`: whole vocabulary to trimmed, same precision; "
+        "`calibrating`: weights rounded each alone to rounded on training texts; "
         "`both`: fp32 teacher to shipped, same runtime; `as_shipped`: the teacher in its own runtime to shipped"
     )
     reference: str = Field(description="variant before")

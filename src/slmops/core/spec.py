@@ -25,6 +25,7 @@ Precision = Literal["fp32", "int8", "int4"]
 Arithmetic = Literal["auto", "fp32", "bf16"]
 Tuning = Literal["full", "lora", "rslora", "dora", "qlora", "adapter"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LessThanAll = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -418,11 +419,52 @@ class Train(Training):
     preference: Preference = Preference()
 
 
+class Recover(Value):
+    """The student's training once more, from what pruning left of it: the same method, examples and teacher."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="default: those of `train`")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="default: that of `train`")
+
+
+class Prune(Value):
+    """What is taken out of the trained student: whole blocks first, then heads and neurons, then single weights.
+
+    layers: the blocks that change what goes through them least (arXiv 2403.03853); heads, ffn: groups of heads and neurons
+    that add least, with the rest fitted to make up for them (arXiv 2407.14679); sparsity: weights that become zero, by
+    `sparsity_method`: sparsegpt (arXiv 2301.00774) or wanda (arXiv 2306.11695).
+    """
+
+    layers: NonNegative = Field(0, description="blocks to take out")
+    ffn: LessThanAll = Field(
+        0.0, description="share of the feed-forward neurons to take out, in steps of 32 (in wide models up to 256)"
+    )
+    heads: LessThanAll = Field(
+        0.0, description="share of the attention heads to take out, with the keys and values that they share"
+    )
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | Literal["2:4"] | None = Field(
+        None,
+        description="share of the blocks' weights that become zero, or 2:4: two of every four in a row. No file is smaller by "
+        "it and no runtime here is faster",
+    )
+    sparsity_method: Literal["sparsegpt", "wanda"] = "sparsegpt"
+    recover: Recover | None = Field(
+        None, description="train the student again after pruning; zeros of `sparsity` stay zero"
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> Prune:
+        if not (self.layers or self.ffn or self.heads or self.sparsity):
+            raise ValueError("prunes nothing; give layers, ffn, heads or sparsity")
+        return self
+
+
 Quantization = Literal["none", "gptq", "awq", "autoround", "awq+gptq", "awq+autoround"]
 
 
 class Compress(Value):
     """What is taken out of the student between its training and its conversion."""
+
+    prune: Prune | None = Field(None, description="blocks, heads, neurons and single weights that are taken out")
 
     vocabulary: Literal["whole", "seen"] = Field(
         "whole",

@@ -42,7 +42,7 @@ def assess(
 def role(variant: str) -> str:
     """`teacher`, `student` or `baseline`, from a variant's name."""
     first = variant.partition("-")[0]
-    if first in ("nearest", "whole"):
+    if first in ("nearest", "whole", "unpruned"):
         return "student"
     return first if first in ("teacher", "student") else "baseline"
 
@@ -62,6 +62,7 @@ def about(variant: str) -> str:
     who = {
         "teacher": "the teacher",
         "student": "the distilled student",
+        "unpruned": "the student before it was pruned",
         "whole": "the student before its vocabulary was trimmed",
         "nearest": "the student with its weights rounded each alone",
         "few": "the student without the teacher, on its few gold labels",
@@ -82,6 +83,7 @@ def _order(variant: str) -> tuple[int, str]:
         "teacher-torch",
         "teacher-fp32",
         "student-fp32",
+        "unpruned",
         "whole",
         "nearest",
         "student",
@@ -283,12 +285,13 @@ class _Assessment:
     def comparisons(self) -> tuple[r.Comparison, ...]:
         has = set(self.variants)
         precision = self.shipped.rpartition("-")[2]
-        nearest = f"nearest-{precision}"
+        nearest, whole = f"nearest-{precision}", f"whole-{precision}"
         own = next((v for v in ("teacher-torch", "teacher-endpoint") if v in has), None)
         wanted = [
             ("distilling", "teacher-fp32", "student-fp32"),
             ("quantising", "student-fp32", self.shipped),
-            ("trimming", f"whole-{precision}", nearest if nearest in has else self.shipped),
+            ("pruning", f"unpruned-{precision}", next((v for v in (whole, nearest) if v in has), self.shipped)),
+            ("trimming", whole, nearest if nearest in has else self.shipped),
             ("calibrating", nearest, self.shipped),
             ("both", "teacher-fp32", self.shipped),
             ("as_shipped", own, self.shipped),

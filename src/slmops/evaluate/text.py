@@ -14,6 +14,7 @@ WORDS = {"passed": "PASSED", "failed": "FAILED", "undecided": "UNDECIDED"}
 STEPS = {
     "distilling": "distilling alone",
     "quantising": "quantising alone",
+    "pruning": "pruning alone",
     "trimming": "trimming the vocabulary alone",
     "calibrating": "rounding on training texts alone",
     "both": "both",

@@ -9,7 +9,7 @@ from slmops.core.fidelity import Expect, Link
 from slmops.core.spec import Spec
 from slmops.core.step import Step
 
-LEFT_OUT = ("few", "all", "whole", "nearest")
+LEFT_OUT = ("few", "all", "unpruned", "whole", "nearest")
 """Variants that are no step on the way to what ships."""
 FULL = ("fp32", "fp16")
 """Precisions in which a conversion changes nothing that shows."""

@@ -149,9 +149,10 @@ def value_at(spec: Spec, key: str) -> Any:
 
 
 def _parameters(spec: Spec) -> int | None:
+    """Of what is converted; None if it is not known beforehand."""
     tokenizer = spec.student.tokenizer
-    if spec.student.model is None:
-        return None
+    if spec.student.model is None or spec.compress.prune is not None or spec.compress.vocabulary != "whole":
+        return None  # what is taken out of it is known when it is made
     if tokenizer == "teacher":
         if spec.teacher is None or spec.teacher.model is None:
             return None

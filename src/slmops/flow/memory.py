@@ -58,6 +58,8 @@ def shape_of(state: State, step: Step, survey: Sequence[Status]) -> Shape | None
     if folder is not None:
         return Shape.of_folder(folder)
     made = by_id.get(step.inputs.get("base", ""))
+    while made and made.step.method.startswith("compress."):  # what is left of a model is no larger than it
+        made = by_id.get(made.step.inputs["model"])
     return shape_of(state, made.step, survey) if made and made.step.params.get("training") is not None else None
 
 

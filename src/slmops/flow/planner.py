@@ -4,9 +4,10 @@
           └───────────────────────┴─────────────────────────────────┴─ few, all ─────────┘        measure ─ report ─ bundle
 
 Names of model variants: `teacher-torch`, `teacher-fp32`, `student-fp32`, `student-int4`, `few-int4`, `all-int4`;
-`few` and `all` are the student without the teacher, on its few gold labels and on all of them; `whole` is the student before
-its vocabulary was trimmed (`student-trimmed`), `nearest` before its weights were rounded by calibration (`student-rounded`),
-where `compress` asks for that; `student-FORMAT-KIND`: what `convert.also` asks for (`slmops.core.forms`); `student-olive-NAME`: what
+`few` and `all` are the student without the teacher, on its few gold labels and on all of them. Where `compress` asks for it,
+there is the student before each of its steps too: `unpruned` before anything was taken out of it (`slmops.flow.pruning`), `whole`
+before its vocabulary was trimmed (`student-trimmed`), `nearest` before its weights were rounded by calibration
+(`student-rounded`). `student-FORMAT-KIND`: what `convert.also` asks for (`slmops.core.forms`); `student-olive-NAME`: what
 `convert.olive` does. Adapters of further tasks are planned by `slmops.flow.adapters`.
 """
 
@@ -32,7 +33,7 @@ from slmops.core.spec import (
 )
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
-from slmops.flow import adapters, chain
+from slmops.flow import adapters, chain, pruning
 from slmops.train.shape import ffn_width, parameters
 
 SMALL = 30_000_000
@@ -210,7 +211,7 @@ def check(spec: Spec) -> list[Problem]:
     for path, value in (("synthesize.filters.max_characters", spec.synthesize.filters),):
         if value.min_characters > value.max_characters:
             wrong(path, "is less than min_characters", "swap them")
-    return problems + adapters.check(spec)
+    return problems + pruning.check(spec) + adapters.check(spec)
 
 
 def _preference(spec: Spec) -> list[Problem]:
@@ -286,7 +287,7 @@ WIDTHS, SCALED = "student-widths", "student-scaled"
 
 def finished(spec: Spec) -> str:
     """The step whose model is the student in full precision, with the vocabulary that ships."""
-    return "student" if spec.compress.vocabulary == "whole" else TRIMMED
+    return pruning.last(spec) if spec.compress.vocabulary == "whole" else TRIMMED
 
 
 class _Builder:
@@ -346,6 +347,8 @@ class _Builder:
             params |= {"gguf": True} if "gguf" in formats else {}
             others = [name for name in formats if name != "gguf"]
             params |= {"formats": others} if others else {}
+        if id == "student-base" and self.spec.compress.prune is not None:
+            params["prune"] = pruning.shape(self.spec.compress.prune)
         about = "check the model folder" if local else f"get {base[3:]}"
         return self.add(id, "catalog.fetch", params, about, sources={"model": base} if local else {}, threads=1)
 
@@ -589,15 +592,25 @@ class _Builder:
             self.add(name, "train.sft", params, without[name], learned, threads=threads)
 
     def _compress(self, files: list[str], taught: Mapping[str, str], threads: int) -> None:
-        """`student-trimmed`, `student-widths`, `student-scaled`, `student-rounded`. Prompts without labels count as texts too."""
+        """What pruning asks for, then `student-trimmed`, `student-widths`, `student-scaled`, `student-rounded`. Prompts without labels
+        count as texts too."""
         compress = self.spec.compress
         texts = [*files, "data/pool.jsonl"]
         inputs = {name: step for name, step in taught.items() if name in ("data", "synthetic", "augmented")}
         self.texts = texts, inputs
+        pruning.steps(self.spec, self, texts, inputs, threads)
         if compress.vocabulary == "seen":
             params: dict[str, Any] = {"files": texts, "at_least": compress.vocabulary_at_least}
             about = "leave out the tokens that the task has no use for"
-            self.add(TRIMMED, "compress.vocabulary", params, about, {"model": "student"} | inputs, threads=1, seed=0)
+            self.add(
+                TRIMMED,
+                "compress.vocabulary",
+                params,
+                about,
+                {"model": pruning.last(self.spec)} | inputs,
+                threads=1,
+                seed=0,
+            )
         convert = self.spec.convert
         params = {"files": texts, "examples": compress.calibration_examples, "block_size": convert.block_size}
         given = {"model": finished(self.spec)} | inputs
@@ -625,8 +638,10 @@ class _Builder:
 
     def _convert(self, model: str, precision: Precision) -> str:
         """`MODEL-PRECISION`. Models: those that were trained, `student` compressed if that is asked for, `whole` with its whole
-        vocabulary, `nearest` with its weights rounded each alone."""
-        trained = {"whole": "student", "student": finished(self.spec), "nearest": finished(self.spec)}.get(model, model)
+        vocabulary, `unpruned` with all that it had after training, `nearest` with its weights rounded each alone."""
+        done = finished(self.spec)
+        own = {"unpruned": "student", "whole": pruning.last(self.spec), "student": done, "nearest": done}
+        trained = own.get(model, model)
         if model == "student" and precision == "int4" and self.spec.compress.quantization != "none":
             trained = ROUNDED
         convert = self.spec.convert.onnx(precision)
@@ -707,8 +722,10 @@ class _Builder:
             models[f"student-olive-{name}"] = (self._olive(name, file), "onnx_genai")
         if spec.compress.quantization != "none":
             models["nearest-int4"] = (self._convert("nearest", precision), "onnx_genai")
-        if finished(spec) != "student":
+        if TRIMMED in has:
             models[f"whole-{precision}"] = (self._convert("whole", precision), "onnx_genai")
+        if spec.compress.prune is not None:
+            models[f"unpruned-{precision}"] = (self._convert("unpruned", precision), "onnx_genai")
         for name in ("few", "all"):
             if name in has:
                 models[f"{name}-{precision}"] = (self._convert(name, precision), "onnx_genai")
@@ -744,7 +761,7 @@ class _Builder:
         inputs = {"data": "data", "measurement": "measure", "fidelity": "fidelity"} | predictions
         inputs |= {
             f"training.{name}": name
-            for name in ("teacher", "student", "few", "all")
+            for name in ("teacher", "student", pruning.RECOVERED, "few", "all")
             if name in has and name != "teacher"
         }
         if spec.teacher is not None and spec.teacher.model is not None:

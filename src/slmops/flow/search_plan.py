@@ -19,6 +19,7 @@ from slmops.core.step import Step, key_parts
 from slmops.errors import DataError
 from slmops.flow import methods
 from slmops.flow.planner import finished, plan
+from slmops.flow.pruning import last
 from slmops.flow.runner import selected
 from slmops.flow.search_space import Dimension, with_values
 from slmops.flow.state import State
@@ -72,7 +73,7 @@ def trial_steps(spec: Spec) -> list[Step]:
         steps.append(Step(ANSWERS, "evaluate.predict", params, inputs, threads=1, about=about))
         wanted.append(ANSWERS)
     if "validation_loss" in metrics:
-        inputs = {"model": STUDENT, "data": "data"}
+        inputs = {"model": last(spec), "data": "data"}
         about = "loss of the student on the validation data"
         steps.append(Step(LOSS, "train.validation_loss", {}, inputs, threads=1, about=about))
         wanted.append(LOSS)

@@ -235,6 +235,10 @@ class Loop:
         for name, own in self.network.trained.items():
             if seen[name] is not own:
                 own.grad = seen[name].grad
+        for name, may in self.network.kept.items():
+            grad = self.network.trained[name].grad
+            if grad is not None:
+                grad.mul_(may)  # without gradients moments stay zero, and decay of a zero is none
         norm = float(torch.nn.utils.clip_grad_norm_(self.network.trained.values(), self.training.clip))
         self.check(value, norm)
         rate = self.schedule.learning_rate(step)

@@ -174,6 +174,7 @@ class Network:
         matrices: names of the weights that 4-bit conversion rounds: all Linear layers and the token embedding.
         path: `fast`, `head` or `whole`: how logits are computed.
         dropout: where the model's own code drops, once `may_drop` was called.
+        kept: by the name of a trained weight, bool of its shape: which of its values may move. All do that are not named here.
         learning: whether dropout inside a tuning's layers, and recomputing of activations, are on.
     """
 
@@ -185,6 +186,7 @@ class Network:
         self.bf16 = bf16
         self.checkpointing = checkpointing
         self.dropout: Dropout | None = None
+        self.kept: dict[str, torch.Tensor] = {}
         self.learning = True  # as long as it was not switched
         self.layers = LowRank.of(self.model)
         self.modules = dict(self.model.named_modules())
@@ -254,6 +256,13 @@ class Network:
                 )
             if self.checkpointing and hasattr(module, "gradient_checkpointing"):
                 module.training = on
+
+    def keep_zeros(self) -> None:
+        """From now on, weights of the blocks' linear layers that are zero stay zero (see `kept`)."""
+        import torch
+
+        linear = {f"{name}.weight" for name, module in self.modules.items() if isinstance(module, torch.nn.Linear)}
+        self.kept = {name: w.detach() != 0 for name, w in self.trained.items() if name in linear and name != self.head}
 
     def may_drop(self) -> None:
         """Get ready for dropout above 0.

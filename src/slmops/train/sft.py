@@ -17,7 +17,7 @@ from slmops.core.digest import digest_text
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as Base
 from slmops.core.spec import PREFERENCE, Architecture, Training
-from slmops.errors import DataError, MissingExtraError, ModelError
+from slmops.errors import DataError, MissingExtraError, ModelError, TrainingError
 
 if TYPE_CHECKING:
     from slmops.train.encode import Encoded, Ints, Row
@@ -55,12 +55,14 @@ class Params(Base):
         files: `input/file` of the examples, for instance `data/teacher.jsonl`.
         validation: `input/file` of validation examples; None, or a file without any: `training.holdout` of the examples, chosen by
             content. Preference methods look at its pairs alone.
+        keep_zeros: weights of the base's linear layers that are zero stay zero: for a base that was made sparse.
     """
 
     training: Training = Training()
     architecture: Architecture | None = None
     files: tuple[str, ...]
     validation: str | None = None
+    keep_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,8 @@ def learn(
     Args:
         make_objective: what is learned; default: `supervised`.
     """
+    if params.keep_zeros and params.training.tuning != "full":
+        raise TrainingError(f"tuning {params.training.tuning} would fill the zeros of the base", "use `tuning: full`")
     ready = prepare(params, inputs, ctx)
 
     from slmops.train import network, tuning
@@ -283,6 +287,8 @@ def learn(
     net = network.Network(model, device, bf16, training.checkpointing)
     if training.dropout:
         net.may_drop()
+    if params.keep_zeros:
+        net.keep_zeros()
     moved = sum(w.numel() for w in net.trained.values())
     ctx.progress.log(
         f"{count / 1e6:.2f} M parameters{'' if handle is None else f', {moved / 1e6:.3f} M of them trained ({training.tuning})'}, "

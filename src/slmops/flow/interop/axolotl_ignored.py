@@ -205,7 +205,8 @@ IGNORED = joined(
         "kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_server_base_url kd_online_topk "
         "kd_online_server kd_online_timeout kd_temperature_min",
     ),
-    because("diffusion models and pruning recipes are not there", "diffusion llmcompressor", changes=True),
+    because("diffusion models are not there", "diffusion", changes=True),
+    because("pruning goes by compress.prune, not by recipes", "llmcompressor", changes=True),
     because("the validation loss decides which weights are kept", "metric_for_best_model", changes=True, off=("loss", "eval_loss")),
     because("the lower validation loss is the better one", "greater_is_better"),
     because(
