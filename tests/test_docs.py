@@ -99,9 +99,10 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
             with (tmp_path / "slmops.yaml").open("w") as out:
                 yaml.dump({**yaml.load(SPEC), **yaml.load(text)}, out)
             plans.append({step.id: step for step in plan(load(tmp_path / "slmops.yaml", []).spec)})
-    steps, pruned = plans
+    steps, pruned, ternary = plans
     assert pruned["student-recovered"].inputs["base"] == "student-narrowed"
     assert pruned["student-int4"].inputs["model"] == pruned["student-fp32"].inputs["model"] == "student-recovered"
+    assert ternary["student-int4"].params["rounding"] == "ternary" and "student-gguf-tq1_0" in ternary
     assert steps["student-int4"].inputs["model"] == "student-rounded"
     assert steps["student-rounded"].inputs["model"] == steps["nearest-int4"].inputs["model"] == "student-trimmed"
     assert steps["student-fp32"].inputs["model"] == "student-trimmed"

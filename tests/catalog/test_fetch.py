@@ -45,6 +45,30 @@ CONVERTIBLE = {
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"hidden_size": 192}, "hidden_size 192"),
+        ({"intermediate_size": 700}, "intermediate_size 700"),
+        ({"head_dim": 48}, "num_attention_heads × head_dim 192"),
+    ],
+)
+def test_a_base_that_cannot_be_trained_ternary_is_refused_here(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    wide = CONVERTIBLE | {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "head_dim": 64}
+    for name, config in (("good", wide), ("bad", wide | change)):
+        source = fill(tmp_path / name, SPLIT | {"config.json": json.dumps(config).encode()})
+        (tmp_path / f"out-{name}").mkdir()
+        context = Context(seed=0, scratch=tmp_path / "scratch", shared=tmp_path / "shared")
+        params = fetch.Params(model=name, runtime="onnx_genai", ternary=True)
+        if name == "good":
+            assert fetch.run(params, {"model": source}, tmp_path / f"out-{name}", context)["files"] > 2
+        else:
+            with pytest.raises(ConversionError, match=says):
+                fetch.run(params, {"model": source}, tmp_path / f"out-{name}", context)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
         ({"architectures": ["GPT2LMHeadModel", "GPT2ForCausalLM"]}, "architecture GPT2LMHeadModel cannot be converted"),
         ({"quantization_config": {"bits": 4}}, "quantised already"),
         ({"max_position_embeddings": None}, "no max_position_embeddings"),

@@ -129,6 +129,7 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 
 PAIRS = ["data={path: rows.jsonl, format: preference}", "teacher=null"]
 BASED = ["student={base: some/folder}"]
+TERNARY = ["train.quantization_aware=ternary", "student={model: {hidden: 256, heads: 4, ffn: 768}}"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,15 @@ BASED = ["student={base: some/folder}"]
         (["compress.prune={ffn: 0.5}", "train.quantization_aware=int4"], "train.quantization_aware"),
         ([*PAIRS, "compress.prune={ffn: 0.5, recover: {}}", "train.method=orpo"], "compress.prune.recover"),
         ([*BASED, "compress.prune={sparsity: 0.5, recover: {}}", "train.tuning=lora"], "train.tuning"),
+        (["convert.also=[gguf-tq2_0]"], "convert.also"),
+        (["convert.layer_precision=int2"], "convert.layer_precision"),
+        ([*TERNARY, "student.model.hidden=192"], "student.model"),
+        ([*TERNARY, "student.model.ffn=700"], "student.model"),
+        ([*TERNARY, "convert.rounding=plain"], "convert.rounding"),
+        ([*TERNARY, "convert={precision: int8, layer_precision: int2}"], "convert.layer_precision"),
+        ([*TERNARY, "convert.precision=fp32"], "train.quantization_aware"),
+        ([*TERNARY, "compress.quantization=gptq"], "compress.quantization"),
+        ([*TERNARY, "train.method=dpo"], "train.preference.supervised.quantization_aware"),
         (["train.method=dpo", "data={path: rows.jsonl, format: alpaca}"], "data.format"),
         (["train.method=orpo"], "data.columns.rejected"),
         (["train.method=orpo"], "teacher"),
@@ -212,6 +222,32 @@ def test_rounding_and_widths_are_planned(tmp_path: Path) -> None:
     before = steps("compress.quantization=gptq", "convert.precision=int4")
     assert before["student-rounded"].params == common | {"block_size": 32}
     assert "file_mb" not in before["student-int4"].params and "student-widths" not in before
+
+
+def test_a_ternary_student_is_planned(tmp_path: Path) -> None:
+    """What it is converted by, in both runtimes; a base is looked at as it comes. Other students' steps stay as they are."""
+
+    def steps(*overrides: str) -> dict[str, Step]:
+        return {step.id: step for step in plan(load(write(tmp_path, GOOD), overrides).spec)}
+
+    found = steps(
+        *TERNARY, "convert={also: [gguf-tq1_0, gguf-tq2_0], layer_precision: int2, embedding_precision: int8}"
+    )
+    assert found["student"].params["training"]["quantization_aware"] == "ternary"
+    shipped = found["student-int4"].params
+    assert (shipped["rounding"], shipped["layer_precision"], shipped["embedding_precision"]) == (
+        "ternary",
+        "int2",
+        "int8",
+    )
+    assert found["student-gguf-tq1_0"].params["precision"] == "tq1_0"
+    assert found["teacher-fp32"].params["rounding"] == "search"
+    base = ["student={base: some/folder}", "train.quantization_aware=ternary"]
+    assert steps(*base)["student-base"].params["ternary"] is True
+    plain = steps("student={base: some/folder}")
+    assert "ternary" not in plain["student-base"].params and "layer_precision" not in plain["student-int4"].params
+    narrow = check(load(write(tmp_path, GOOD), [*TERNARY, "student.model.ffn=null"]).spec)
+    assert [(problem.path, problem.hint) for problem in narrow] == [("student.model", "these fit: ffn 512 or 768")]
 
 
 PAIRS = ["data={path: rows.jsonl, format: preference}", "teacher=null"]

@@ -25,13 +25,15 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"
 
 class Params(method.Params):
     """`model`: the folder's name, or `hf:ORG/NAME[@REVISION]`; `runtime`: what it is converted for later, if anything; `gguf`: whether
-    it will be GGUF too; `formats`: what other formats it will be in; `prune`: what is taken out of it before."""
+    it will be GGUF too; `formats`: what other formats it will be in; `prune`: what is taken out of it before; `ternary`: whether its
+    layers are trained ternary."""
 
     model: str
     runtime: Literal["onnx_genai"] | None = None
     gguf: bool = False
     formats: tuple[str, ...] = ()
     prune: Prune | None = None
+    ternary: bool = False
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -54,6 +56,7 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     refusal = refusal or (runtimes.onnx_genai(config) if params.runtime else None)
     for name in (*(["gguf"] if params.gguf else []), *params.formats):
         refusal = refusal or forms.FORMATS[name].refuse(config)
+    refusal = refusal or (runtimes.ternary(runtimes.ternary_widths(config)) if params.ternary else None)
     if refusal:
         raise ConversionError(f"{params.model}: {refusal.message}", refusal.hint)
     taken = sorted({path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})

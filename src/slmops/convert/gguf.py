@@ -2,7 +2,9 @@
 
 Architectures: llama, qwen3, phi3, gemma3_text. Matrices are fp32, fp16, bf16 or q8_0 (blocks of 32 weights with one
 scale; a matrix whose rows are no multiple of 32 stays fp16), or of a type that llama.cpp's own library makes from fp32
-(`gguf_quantize`), weighed by what training examples make of them where there are `files`; norms and biases are fp32. With `data` the
+(`gguf_quantize`), weighed by what training examples make of them where there are `files`; norms and biases are fp32. The ternary types
+tq1_0 and tq2_0 are for models whose layers are ternary already (`train.quantization_aware`), and hold them bit for bit; their
+embedding and output matrix are of the types that llama.cpp chooses. With `data` the
 result is run in llama.cpp and compared with torch (`fidelity`). Whatever llama.cpp would compute
 otherwise than the model does is refused before anything is written, with exceptions that `differs` in the facts names:
 texts that llama.cpp cuts into other tokens, tokens at which it alone ends an answer, positions beyond the first context
@@ -28,6 +30,7 @@ from pydantic import Field
 
 from slmops.convert import gguf_names, gguf_quantize, gguf_vocabulary
 from slmops.convert.importance import mean_squares
+from slmops.convert.rounding import ternary
 from slmops.core import runtimes
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
@@ -53,6 +56,7 @@ DECLARATION = Declaration(
 FILE = "model.gguf"
 Precision = Literal["fp32", "fp16", "bf16", "q8_0"]
 Quantized = Literal["q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"]
+Ternary = Literal["tq1_0", "tq2_0"]
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 BLOCK = 32
@@ -66,7 +70,7 @@ LARGE_GEMMA = 62
 class Params(BaseParams):
     """`precision` of the matrices; `files` of examples, as `input/file`, of which `examples` say what counts in a quantised type."""
 
-    precision: Precision | Quantized = "fp16"
+    precision: Precision | Quantized | Ternary = "fp16"
     files: tuple[str, ...] = ()
     examples: Positive = 256
     fidelity_prompts: Positive = 32
@@ -117,6 +121,8 @@ def _quantized(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Conte
 
     source = inputs["model"]
     weights: dict[str, Any] = {}
+    if params.precision.startswith("tq"):
+        require_ternary(source)
     with tempfile.TemporaryDirectory(dir=ctx.scratch if ctx.scratch.is_dir() else None) as work:
         facts = export(source, Path(work), "fp32", ctx)
         if params.files:
@@ -137,6 +143,26 @@ def _quantized(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Conte
             f"which {params.precision} needs"
         )
     return facts | {"precision": params.precision, "model_bytes": (out / FILE).stat().st_size, "types": made}
+
+
+def require_ternary(source: Path) -> None:
+    """Refuse a model whose layers a ternary type does not hold as they are.
+
+    Raises:
+        ConversionError: rows are no multiple of 256 weights, or hold other values than -s, 0 and s.
+    """
+    config = read_json(source / "config.json")
+    gguf_names.supported(config)
+    refusal = runtimes.ternary(runtimes.ternary_widths(config))
+    if refusal:
+        raise ConversionError(*refusal)
+    for name, tensor in stored(source):
+        inner = len(tensor.shape) == 2 and ".layers." in name
+        if inner and ternary(tensor.read(), 2, runtimes.TERNARY_GROUP) is None:
+            raise ConversionError(
+                f"{name} is not ternary, and rounded to three values the model would be lost",
+                "train it with quantization_aware: ternary, or take q4_0",
+            )
 
 
 def export(source: Path, out: Path, precision: Precision, ctx: Context) -> Facts:

@@ -33,7 +33,7 @@ DECLARATION = Declaration(
     packages=("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers"),
 )
 
-BITS: dict[str, int | None] = {"fp32": None, "int8": 8, "int4": 4}
+BITS: dict[str, int | None] = {"fp32": None, "int8": 8, "int4": 4, "int2": 2}
 ACCURACY_LEVEL = 4
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 SEARCH = {"max_length", "min_length", "do_sample", "past_present_share_buffer", "num_beams", "num_return_sequences"}
@@ -43,16 +43,19 @@ class Params(BaseParams):
     """How to convert.
 
     `rounding`: `search` looks for the scale with the least squared error in every group; `plain` applies the very rule
-    that quantisation-aware training rounds by, so it suits models trained that way with the same block size.
-    `embedding_precision`: of the embedding's table and of the output matrix, where they are not rounded as all else.
+    that quantisation-aware training rounds by, so it suits models trained that way with the same block size; `ternary` takes
+    layers that are -s, 0 and s as they are, refuses any other, and rounds the embedding's table and the output matrix by `search`.
+    `embedding_precision`: of that table and that matrix, where they are not rounded as all else.
+    `layer_precision`: of ternary layers, where not `precision`.
     `file_mb`: a model file that is larger, in MB of 10^6 bytes, is an error. The input `widths` has the bits of each matrix.
     """
 
     precision: Literal["fp32", "int8", "int4"] = "int4"
     block_size: Literal[16, 32, 64, 128] = 32
-    rounding: Literal["search", "plain"] = "search"
+    rounding: Literal["search", "plain", "ternary"] = "search"
     embedding_precision: Literal["int8", "int4"] | None = None
     file_mb: Annotated[float, Field(gt=0)] | None = None
+    layer_precision: Literal["int2"] | None = None
     fidelity_prompts: Annotated[int, Field(ge=1)] = 32
     min_token_agreement: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
 
@@ -79,6 +82,10 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         raise ConversionError(f"{source} is not a Hugging Face model", "convert the trained model, not a converted one")
     config = read_json(source / "config.json")
     supported(config)
+    if params.layer_precision and params.rounding != "ternary":
+        raise ConversionError(
+            f"{params.layer_precision} holds ternary layers alone", "train with quantization_aware: ternary"
+        )
     examples = fidelity.choose(inputs["data"], params.fidelity_prompts)
     with tempfile.TemporaryDirectory(dir=ctx.scratch if ctx.scratch.is_dir() else None) as work:
         ctx.progress.start("building the graph")
@@ -189,12 +196,13 @@ def write(
         change(model)
     report = rewrite(
         model,
-        bits=BITS[params.precision],
+        bits=BITS[params.layer_precision or params.precision],
         block_size=params.block_size,
         accuracy_level=ACCURACY_LEVEL,
-        search=params.rounding == "search",
-        table_bits=BITS[params.embedding_precision] if params.embedding_precision else None,
+        search=params.rounding != "plain",
+        table_bits=BITS[params.embedding_precision or params.precision],
         widths=chosen,
+        exact=params.rounding == "ternary",
     )
     onnx.save_model(
         model, out / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=1024

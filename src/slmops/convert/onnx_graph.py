@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slmops.convert.rounding import round_matrix
+from slmops.convert.rounding import Rounded, round_matrix, ternary
 from slmops.core.widths import TABLE, unit_of
 from slmops.errors import ConversionError
 
 ROTARY_TOLERANCE = 2e-6
+TERNARY_BLOCK = 128
+"""Weights that share a stored scale in ternary layers: the largest block that the runtime's fast products take."""
 
 
 @dataclass
@@ -41,23 +43,24 @@ def rewrite(
     search: bool = True,
     table_bits: int | None = None,
     widths: Mapping[str, int] | None = None,
+    exact: bool = False,
 ) -> Rewrite:
     """Rewrite an `onnx.ModelProto` in place. `bits` None leaves the weights as they are.
 
     Args:
         table_bits: of the embedding's table and of the output matrix; default: `bits`.
         widths: bits by unit (`core.widths`), before `bits` and `table_bits`.
+        exact: the layers are ternary, and are taken as they are, in blocks of TERNARY_BLOCK; tables are rounded by `search`.
 
     Raises:
-        ConversionError: the graph has no product that can be rounded, though `bits` asks for it.
+        ConversionError: the graph has no product that can be rounded, though `bits` asks for it; or is not ternary.
     """
     graph = model.graph
     report = Rewrite()
     _constants_to_initialisers(graph)
     if bits is not None:
-        _round_weights(
-            graph, bits, {TABLE: table_bits or bits} | dict(widths or {}), block_size, accuracy_level, search, report
-        )
+        chosen = {TABLE: table_bits or bits} | dict(widths or {})
+        _round_weights(graph, bits, chosen, block_size, accuracy_level, search, exact, report)
         if not report.rounded:
             raise ConversionError("the graph has no weight that can be rounded", "use convert.precision: fp32")
     report.rotary_computed = _compute_rotary(graph)
@@ -75,14 +78,14 @@ def _constants_to_initialisers(graph: Any) -> None:
 
 
 def _round_weights(
-    graph: Any, bits: int, widths: Mapping[str, int], block_size: int, accuracy_level: int, search: bool, report: Rewrite
+    graph: Any, bits: int, widths: Mapping[str, int], block_size: int, accuracy_level: int, search: bool, exact: bool, report: Rewrite
 ) -> None:  # fmt: skip
     import numpy as np
     from onnx import helper, numpy_helper
 
     tensors = {t.name: t for t in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
-    done: dict[str, tuple[str, str, int]] = {}
+    done: dict[str, tuple[str, str, Rounded]] = {}
     nodes: list[Any] = []
     tables = [_table(node.input[0], tensors, makers) for node in graph.node if node.op_type == "Gather"]
     vocabularies = {found[1].shape[0] for found in tables if found is not None}
@@ -90,22 +93,30 @@ def _round_weights(
     def bits_of(node: Any, matrix: Any) -> int:
         return widths.get(TABLE if matrix.shape[0] in vocabularies else unit_of(node.name) or "", bits)
 
-    def store(name: str, matrix: Any, width: int) -> tuple[str, str, int]:
-        """Round a matrix (out, in) once; returns the names of codes and scales, and the padded width."""
+    def rounded_of(name: str, matrix: Any, width: int) -> Rounded:
+        """A matrix (out, in) rounded."""
+        found = ternary(matrix, bits, TERNARY_BLOCK) if exact else None
+        if found is None and exact and matrix.shape[0] not in vocabularies:
+            raise ConversionError(
+                f"the product with {name} is not ternary", "give a model trained with quantization_aware: ternary"
+            )
+        return found or round_matrix(matrix, width, block_size, search=search)
+
+    def store(name: str, matrix: Any, width: int) -> tuple[str, str, Rounded]:
+        """Round a matrix (out, in) once; returns the names of codes and scales, and what they hold."""
         if name not in done:
-            rounded = round_matrix(matrix, width, block_size, search=search)
+            rounded = rounded_of(name, matrix, width)
             codes, half, wide = f"{name}/q", f"{name}/h", f"{name}/s"
             graph.initializer.append(numpy_helper.from_array(rounded.packed(), codes))
             graph.initializer.append(numpy_helper.from_array(rounded.scales, half))
             nodes.append(helper.make_node("Cast", [half], [wide], to=1))
-            done[name] = (codes, wide, rounded.codes.shape[1] * block_size)
+            done[name] = (codes, wide, rounded)
         return done[name]
 
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors and len(tensors[node.input[1]].dims) == 2:
             matrix = numpy_helper.to_array(tensors[node.input[1]]).T
-            width = bits_of(node, matrix)
-            codes, scales, _ = store(node.input[1], matrix, width)
+            codes, scales, made = store(node.input[1], matrix, bits_of(node, matrix))
             nodes.append(
                 helper.make_node(
                     "MatMulNBits",
@@ -114,19 +125,21 @@ def _round_weights(
                     domain="com.microsoft",
                     K=matrix.shape[1],
                     N=matrix.shape[0],
-                    bits=width,
-                    block_size=block_size,
+                    bits=made.bits,
+                    block_size=made.codes.shape[2],
                     accuracy_level=accuracy_level,
                 )
             )
             report.rounded.append(node.name or node.output[0])
         elif node.op_type == "Gather" and (table := _table(node.input[0], tensors, makers)) is not None:
             name, matrix = table
-            width = bits_of(node, matrix)
-            codes, scales, padded = store(name, matrix, width)
+            codes, scales, made = store(name, matrix, bits_of(node, matrix))
             rows, columns = matrix.shape
+            padded = made.codes.shape[1] * made.codes.shape[2]
             shape, flat = f"{name}/shape", f"{name}/flat"
-            graph.initializer.append(numpy_helper.from_array(np.array([rows, padded * width // 8], np.int64), shape))
+            graph.initializer.append(
+                numpy_helper.from_array(np.array([rows, padded * made.bits // 8], np.int64), shape)
+            )
             nodes.append(helper.make_node("Reshape", [codes, shape], [flat]))
             out = node.output[0] if padded == columns else f"{name}/padded"
             nodes.append(
@@ -135,8 +148,8 @@ def _round_weights(
                     [flat, node.input[1], scales],
                     [out],
                     domain="com.microsoft",
-                    bits=width,
-                    block_size=block_size,
+                    bits=made.bits,
+                    block_size=made.codes.shape[2],
                     gather_axis=0,
                     quantize_axis=1,
                 )

@@ -1,4 +1,4 @@
-"""Rounding weights to few bits: the one rule that the converter and quantisation-aware training share.
+"""Rounding weights to few bits: the rules that the converter and quantisation-aware training share.
 
 A matrix W (out, in) is cut into groups of `block_size` along its last axis; a last group that is short is padded with
 zeros. Each group has a scale s, kept as float16, and codes q of `bits` bits; its value is (q - 2^(bits-1)) * s.
@@ -7,6 +7,9 @@ The plain rule takes s = float16(m / -2^(bits-1)), m being the element of larges
 that m gets code 0, and q = rint(w / s) + 2^(bits-1), clamped. It is idempotent: rounded weights round to themselves,
 bit for bit. `search` tries other scales and keeps one only where it lowers the group's squared error, so weights that
 already lie on the grid stay as they are.
+
+Groups of -s, 0 and s (ternary training) are no such grid: -2^(bits-1) codes s or -s, but not both. `ternary` takes them with the
+scale s and three codes, exactly, and nothing else.
 """
 
 from __future__ import annotations
@@ -67,10 +70,8 @@ def round_matrix(weights: Any, bits: int, block_size: int, *, search: bool = Fal
     """
     import numpy as np
 
-    rows, columns = weights.shape
-    padding = -columns % block_size
-    padded = np.pad(np.asarray(weights, np.float32), ((0, 0), (0, padding)))
-    groups = padded.reshape(rows, -1, block_size)
+    columns = weights.shape[1]
+    groups = _groups(weights, block_size)
     half = 1 << (bits - 1)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
     best = (largest / np.float32(-half)).astype(np.float16)
@@ -86,6 +87,38 @@ def round_matrix(weights: Any, bits: int, block_size: int, *, search: bool = Fal
             codes = np.where(better[..., None], trial, codes)
             error = np.where(better, trial_error, error)
     return Rounded(codes, best, bits, columns)
+
+
+def ternary(weights: Any, bits: int, block_size: int) -> Rounded | None:
+    """The codes of a float32 matrix (out, in) whose every group is -s, 0 and s with s in float16; None for any other.
+
+    Law: `values()` gives the matrix back, bit for bit (-0 as 0).
+
+    Args:
+        weights: float32 array (out, in), finite.
+        bits: 2, 4 or 8.
+        block_size: weights that share a scale.
+    """
+    import numpy as np
+
+    groups = _groups(weights, block_size)
+    largest = np.abs(groups).max(-1)
+    if largest.size and largest.max() > np.finfo(np.float16).max:
+        return None
+    scales = largest.astype(np.float16)
+    if (scales != largest).any() or not np.equal(np.abs(groups), largest[..., None]).all(where=groups != 0):
+        return None
+    return Rounded((np.sign(groups) + (1 << (bits - 1))).astype(np.uint8), scales, bits, weights.shape[1])
+
+
+def _groups(weights: Any, block_size: int) -> NDArray[np.float32]:
+    """A matrix (out, in) as (out, groups, block_size), the last group of a row filled with zeros."""
+    import numpy as np
+
+    rows, columns = weights.shape
+    padded = np.pad(np.asarray(weights, np.float32), ((0, 0), (0, -columns % block_size)))
+    groups: NDArray[np.float32] = padded.reshape(rows, -1, block_size)
+    return groups
 
 
 def _codes(groups: NDArray[np.float32], scales: NDArray[np.float16], half: int) -> NDArray[np.uint8]:

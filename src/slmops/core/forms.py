@@ -14,7 +14,7 @@ from slmops.core.runtimes import Named, Refusal
 
 Gguf = Literal[
     "gguf-fp32", "gguf-fp16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_0", "gguf-iq4_nl",
-    "gguf-iq4_xs", "gguf-q3_k_m", "gguf-q2_k",
+    "gguf-iq4_xs", "gguf-q3_k_m", "gguf-q2_k", "gguf-tq2_0", "gguf-tq1_0",
 ]  # fmt: skip
 Mlx = Literal["mlx-fp32", "mlx-fp16", "mlx-bf16", "mlx-int8", "mlx-int4"]
 OpenVino = Literal["openvino-fp32", "openvino-fp16", "openvino-int8", "openvino-int4"]

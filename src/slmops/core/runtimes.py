@@ -12,6 +12,8 @@ ARCHITECTURES = (
     "Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
 )  # fmt: skip
 HEAD_MULTIPLE = 16
+TERNARY_GROUP = 256
+"""Weights of a row that share a scale in llama.cpp's ternary types, which rows of another length do not fit into."""
 LLAMA_CPP = {"gemma3_text": "GEMMA3", "llama": "LLAMA", "phi3": "PHI3", "qwen3": "QWEN3"}
 """model_type of Hugging Face to llama.cpp's architecture, for those that slmops writes as GGUF."""
 MLX_GROUPS = (32, 64, 128)
@@ -72,6 +74,32 @@ def _gemma3(config: Mapping[str, Any]) -> Refusal | None:
         if kind not in ("default", "linear"):
             return Refusal(f"rotary positions of type {kind} cannot be converted to ONNX", "these can: default, linear")
     return None
+
+
+def ternary(widths: Mapping[str, int]) -> Refusal | None:
+    """Whether layers with inputs of these widths, by what a user calls them, can be trained ternary.
+
+    llama.cpp would take a larger type for others without saying so.
+    """
+    odd = {name: width for name, width in widths.items() if width % TERNARY_GROUP}
+    if not odd:
+        return None
+    near = {
+        name: sorted({max(1, width // TERNARY_GROUP) * TERNARY_GROUP, -(-width // TERNARY_GROUP) * TERNARY_GROUP})
+        for name, width in odd.items()
+    }
+    said = " and ".join(f"{name} {width}" for name, width in odd.items())
+    hint = ", ".join(f"{name} {' or '.join(map(str, fits))}" for name, fits in near.items())
+    return Refusal(f"ternary layers need inputs of a multiple of {TERNARY_GROUP}, not {said}", f"these fit: {hint}")
+
+
+def ternary_widths(config: Mapping[str, Any]) -> dict[str, int]:
+    """The widths that `ternary` looks at, as far as a config.json says them."""
+    inner = config.get("text_config") or config
+    found = {name: int(inner[name]) for name in ("hidden_size", "intermediate_size") if inner.get(name)}
+    if inner.get("num_attention_heads") and inner.get("head_dim"):
+        found["num_attention_heads × head_dim"] = int(inner["num_attention_heads"]) * int(inner["head_dim"])
+    return found
 
 
 def rotary(config: Mapping[str, Any], layers: str = "full_attention") -> dict[str, Any]:

@@ -196,10 +196,14 @@ class Training(Value):
         description="share of the examples kept for validation where there is no split for it, or where it would be more labels than "
         "data.gold gives a student beside its teacher",
     )
-    quantization_aware: Literal["off", "int4"] = Field(
-        "off", description="int4: train on weights rounded as the converter will round them, in the last part"
+    quantization_aware: Literal["off", "int4", "ternary"] = Field(
+        "off",
+        description="int4: train on weights rounded as the converter will round them, in the last part; ternary: on layers of three values "
+        "a weight from the start (arXiv 2402.17764); widths must be multiples of 256",
     )
-    block_size: Literal[16, 32, 64, 128] = Field(32, description="weights that share a scale in quantization_aware")
+    block_size: Literal[16, 32, 64, 128] = Field(
+        32, description="weights that share a scale in quantization_aware: int4"
+    )
 
 
 class TokenizerSpec(Value):
@@ -514,6 +518,11 @@ class Convert(Value):
         description="the largest model file, in MB of 10^6 bytes: matrices get 2, 4 or 8 bits each, so that the answers to training "
         "examples change least; for precision int4",
     )
+    layer_precision: Literal["int2"] | None = Field(
+        None,
+        description="of the layers of a student trained with quantization_aware: ternary, which int2 holds exactly in half the bytes of "
+        "int4; default: `precision`",
+    )
     fidelity_prompts: Positive = 32
     rounding: Literal["search", "plain"] | None = Field(
         None,
@@ -533,7 +542,13 @@ class Convert(Value):
         left_out = {"format", "also", "importance", "min_kept", "olive", "file_mb"} | (
             set() if mixed else {"embedding_precision"}
         )
+        left_out |= set() if precision == "int4" and self.layer_precision else {"layer_precision"}
         return self.model_dump(mode="json", exclude=left_out) | {"precision": precision}
+
+    @property
+    def ternary(self) -> tuple[str, ...]:
+        """Those of `also` that hold three values a weight."""
+        return tuple(form for form in self.also if form.startswith("gguf-tq"))
 
 
 Metric = Literal[

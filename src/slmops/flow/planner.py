@@ -33,7 +33,7 @@ from slmops.core.spec import (
 )
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError
-from slmops.flow import adapters, chain, pruning
+from slmops.flow import adapters, chain, pruning, ternary
 from slmops.train.shape import ffn_width, parameters
 
 SMALL = 30_000_000
@@ -112,6 +112,7 @@ def check(spec: Spec) -> list[Problem]:
         elif training.tuning != "full" and training.quantization_aware != "off":
             wrong(f"{path}.quantization_aware", f"rounds trained weights, but {training.tuning} trains others",
                   "take it out, or use `tuning: full`")  # fmt: skip
+    problems += ternary.check(spec)
     if student.model is not None and student.tokenizer == "teacher" and teacher is not None and teacher.endpoint:
         wrong("student.tokenizer", "an endpoint has no tokenizer to share", "give `tokenizer: {vocabulary: 2048}`")
     if spec.synthesize.shards > 1 and teacher is not None and teacher.endpoint is not None:
@@ -304,6 +305,8 @@ class _Builder:
         sources: Mapping[str, str] | None = None, seed: int | None = None, threads: int = 0,
     ) -> str:  # fmt: skip
         seed = self.spec.seed if seed is None else seed
+        if id == "student" and self.spec.train.quantization_aware == "ternary":
+            about += ", ternary"
         self.steps.append(Step(id, method, dict(params), dict(inputs or {}), dict(sources or {}), seed, threads, about))
         return id
 
@@ -349,6 +352,8 @@ class _Builder:
             params |= {"formats": others} if others else {}
         if id == "student-base" and self.spec.compress.prune is not None:
             params["prune"] = pruning.shape(self.spec.compress.prune)
+        if id == "student-base" and self.spec.train.quantization_aware == "ternary":
+            params["ternary"] = True
         about = "check the model folder" if local else f"get {base[3:]}"
         return self.add(id, "catalog.fetch", params, about, sources={"model": base} if local else {}, threads=1)
 
@@ -645,8 +650,9 @@ class _Builder:
         if model == "student" and precision == "int4" and self.spec.compress.quantization != "none":
             trained = ROUNDED
         convert = self.spec.convert.onnx(precision)
-        aware = self.spec.train.quantization_aware != "off" and model != "teacher"
-        rounding = convert["rounding"] or ("plain" if aware else "search")
+        aware = self.spec.train.quantization_aware if model != "teacher" else "off"
+        trained_for = {"int4": "plain", "ternary": "ternary"}.get(aware, "plain" if trained == ROUNDED else "search")
+        rounding = convert["rounding"] or trained_for
         params = convert | {"rounding": rounding}
         inputs = {"model": trained, "data": "data"}
         if precision == "int4" and model in ("student", "nearest") and self.spec.convert.file_mb is not None:
@@ -680,7 +686,7 @@ class _Builder:
             extra = self.texts[1] if weighed else {}
         elif name in ("mlx", "openvino") and kind in ("int8", "int4"):
             kept = rounded and kind == "int4"
-            aware = self.spec.train.quantization_aware != "off"
+            aware = self.spec.train.quantization_aware == "int4"
             params["block_size"] = convert.block_size
             params["rounding"] = convert.rounding or ("plain" if aware or kept else "search")
             if kind == "int4" and convert.embedding_precision == "int8":

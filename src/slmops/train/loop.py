@@ -4,7 +4,8 @@ It promises:
 - the final weights are a function of model, data, `Training`, seed, number of threads and machine;
 - a training killed at any moment and started again ends with the same bytes as one that was not: the order of the data
   is a pure function of the epoch, random numbers are seeded anew for each step, and all else is in the checkpoint;
-- the weights that did best on validation data are the final ones (the last ones, without validation data);
+- the weights that did best on validation data are the final ones (the last ones, without validation data), rounded in
+  `quantization_aware: ternary`;
 - the loss of a batch does not depend on how it is split into parts.
 
 The optimiser is AdamW (arXiv 1711.05101), learning rate linear up, then cosine down (arXiv 1608.03983).
@@ -22,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.core.digest import digest_json
 from slmops.core.method import Context, Facts
+from slmops.core.runtimes import ternary
 from slmops.core.spec import Training
 from slmops.errors import TrainingError
 from slmops.train.batches import Order
 from slmops.train.checkpoint import Checkpoints
 from slmops.train.objective import Measured
-from slmops.train.quantization_aware import START, fake_int4
+from slmops.train.quantization_aware import START, fake
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +99,8 @@ class Schedule:
     @property
     def rounding_from(self) -> int | None:
         """The first step that sees rounded weights, or None."""
-        return int(self.total * START) if self.training.quantization_aware == "int4" else None
+        start = START.get(self.training.quantization_aware)
+        return None if start is None else int(self.total * start)
 
     def rounds(self, step: int) -> bool:
         """Whether the step sees rounded weights."""
@@ -151,6 +154,9 @@ class Loop:
         ctx: seed, threads, scratch and progress.
         identity: the method's name, for the checkpoint.
         every_s: seconds of training between checkpoints; default: EVERY_S.
+
+    Raises:
+        TrainingError: layers are of widths that `quantization_aware` has no place for.
     """
 
     def __init__(
@@ -163,6 +169,11 @@ class Loop:
         self.every_s = EVERY_S if every_s is None else every_s
         self.lengths = objective.lengths
         self.schedule = Schedule.of(training, len(self.lengths))
+        if training.quantization_aware == "ternary":
+            widths = {name: int(network.weights[name].shape[1]) for name in network.inner}
+            refusal = ternary({name.split(".")[-2]: width for name, width in widths.items()})
+            if refusal:
+                raise TrainingError(*refusal)
         self.state = State()
         self.order = Order(self.lengths, training.batch_size, ctx.seed, training.batching)
         decayed = [w for w in network.trained.values() if w.ndim >= 2]
@@ -208,8 +219,9 @@ class Loop:
         """What the forward pass of a step sees: the weights themselves, or rounded copies that collect gradients."""
         weights = self.network.weights | self.network.trained  # an objective may have brought weights of its own
         if self.schedule.rounds(step):
-            for name in self.network.matrices:
-                weights[name] = fake_int4(weights[name], self.training.block_size).requires_grad_()
+            mode = self.training.quantization_aware
+            for name in self.network.inner if mode == "ternary" else self.network.matrices:
+                weights[name] = fake(weights[name], mode, self.training.block_size).requires_grad_()
         return weights
 
     def step(self) -> None:
@@ -337,6 +349,10 @@ class Loop:
                 with torch.no_grad():
                     for name, value in self.checkpoints.load_best(s.best_file).items():
                         self.network.trained[name].copy_(value)
+            if self.training.quantization_aware == "ternary":
+                with torch.no_grad():
+                    for name in self.network.inner:
+                        self.network.trained[name].copy_(fake(self.network.trained[name], "ternary", 0))
             progress.stop()
         return self.record()
 

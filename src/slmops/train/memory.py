@@ -288,7 +288,7 @@ def memory(
     }  # fmt: skip
     if teacher:
         held["teacher"] = FLOAT * teacher.parameters
-    rounded = FLOAT * shape.matrices if training.quantization_aware == "int4" else 0
+    rounded = FLOAT * {"int4": shape.matrices, "ternary": shape.in_blocks}.get(training.quantization_aware, 0)
     cast = shape.in_blocks // (shape.layers if training.checkpointing else 1) + shape.table
     copies = round((BF16 if full else 1) * LOW * cast) if bf16 else 0
     waste = WASTE if full else WASTE_OF_ADDITIONS

@@ -172,6 +172,7 @@ class Network:
         weights: parameter name to tensor.
         trained: those of them that have gradients: all, or a tuning's new ones.
         matrices: names of the weights that 4-bit conversion rounds: all Linear layers and the token embedding.
+        inner: those of them that are neither embedding nor output matrix.
         path: `fast`, `head` or `whole`: how logits are computed.
         dropout: where the model's own code drops, once `may_drop` was called.
         kept: by the name of a trained weight, bool of its shape: which of its values may move. All do that are not named here.
@@ -204,6 +205,7 @@ class Network:
         self.embedding = names[id(embedding.weight)]
         head = model.get_output_embeddings()
         self.head = names[id(head.weight)]
+        self.inner = tuple(name for name in self.matrices if name not in (self.embedding, self.head))
         self.head_bias = names.get(id(head.bias)) if getattr(head, "bias", None) is not None else None
         self.vocabulary = int(head.weight.shape[0])
         self.parameters = sum(p.numel() for p in self.weights.values())
