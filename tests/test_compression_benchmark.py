@@ -42,15 +42,24 @@ def test_an_interrupted_or_failed_worker_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_our_own_ways_run(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "compression.py"), "--quick", "--no-peers", "--threads", "1"]
+def test_one_of_our_own_ways_runs(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "compression.py"),
+        "--quick",
+        "--no-peers",
+        "--threads",
+        "1",
+        "--only",
+        "gptq",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "SLMOPS_BENCH": str(tmp_path)}
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "found.json")], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (ways,) = json.loads((tmp_path / "found.json").read_text())["models"].values()
-    assert list(ways) == ["slmops, each weight alone", "slmops, GPTQ", "slmops, q4_0"]
+    assert list(ways) == ["slmops, GPTQ"]
     for found in ways.values():
         assert found["token_agreement"] > 0.5 and found["template_equal"] == 1.0
         assert found["peak_bytes"] > 1e8 and 0 < found["work_s"] < found["command_s"]

@@ -115,7 +115,7 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
     )
     for form in ("mlx-int4", "openvino-int4"):
         step = steps[f"student-{form}"]
-        assert step.inputs["model"] == "student-rounded" and step.params["rounding"] == "plain"
+        assert step.inputs["model"] == "student-rounded" and step.params["rounding"] == "search"
         assert step.params["embedding_precision"] == "int8" and step.params["block_size"] == 32
         assert steps[f"predict-student-{form}"].method == f"evaluate.predict_{form.partition('-')[0]}"
     assert "model.student-mlx-int4" in steps["measure"].inputs

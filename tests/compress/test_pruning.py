@@ -75,7 +75,7 @@ def batches_of(folder: Path, data: Path) -> list[torch.Tensor]:
         return it.batches
 
 
-@pytest.mark.parametrize("kind", bases.ARCHITECTURES)
+@pytest.mark.parametrize("kind", (*bases.ARCHITECTURES, "mistral", "qwen2"))
 def test_a_block_that_does_nothing_goes_first_and_nothing_changes(
     kind: str, tokenizer: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -146,7 +146,7 @@ def useless(model: Any) -> None:
         block.self_attn.o_proj.weight[:, :32] = 0
 
 
-@pytest.mark.parametrize("kind", bases.ARCHITECTURES)
+@pytest.mark.parametrize("kind", (*bases.ARCHITECTURES, "mistral", "qwen2"))
 def test_heads_and_neurons_that_add_nothing_go_and_nothing_changes(
     kind: str, tokenizer: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -50,7 +50,11 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ),
     (
         "gemma3",
-        {"rope_parameters": {"full_attention": FULL, "sliding_attention": LOCAL}, "query_pre_attn_scalar": 32},
+        {
+            "rope_parameters": {"full_attention": FULL, "sliding_attention": LOCAL},
+            "query_pre_attn_scalar": 32,
+            "hidden_size": 96,
+        },
     ),
 ]
 

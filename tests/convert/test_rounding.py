@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slmops.convert import rounding
 from slmops.convert.rounding import Rounded, round_matrix
 
 
@@ -69,3 +70,13 @@ def test_zeros_stay_zero() -> None:
     rounded = round_matrix(np.zeros((2, 40), np.float32), 4, 32, search=True)
     assert isinstance(rounded, Rounded)
     assert not rounded.values().any()
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_matrix_in_parts_is_rounded_as_one(search: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.random.default_rng(0).normal(size=(23, 100)).astype(np.float32)
+    whole = rounding.round_matrix(weights, 4, 32, search=search)
+    for at_once in (1, 300, 128 * 22):
+        monkeypatch.setattr(rounding, "AT_ONCE", at_once)
+        parts = rounding.round_matrix(weights, 4, 32, search=search)
+        assert np.array_equal(parts.codes, whole.codes) and np.array_equal(parts.scales, whole.scales)

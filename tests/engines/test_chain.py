@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slmops.compress import gptq, vocabulary
-from slmops.convert import gguf, onnx_genai
+from slmops.convert import gguf, mlx, onnx_genai, openvino
 from slmops.core.fidelity import Link
 from slmops.core.method import Context
 from slmops.core.report import Hop
@@ -35,6 +35,9 @@ LINKS = (
     Link(name="student-gguf-fp32", parent="student-trimmed", expects="exact", runtime="llama_cpp"),
     Link(name="student-gguf-fp16", parent="student-trimmed", expects="exact", runtime="llama_cpp"),
     Link(name="student-gguf-q8_0", parent="student-trimmed", expects="rounded", runtime="llama_cpp"),
+    Link(name="student-mlx-fp32", parent="student-trimmed", expects="exact", runtime="mlx"),
+    Link(name="student-mlx-fp16", parent="student-trimmed", expects="exact", runtime="mlx"),
+    Link(name="student-openvino-fp32", parent="student-trimmed", expects="exact", runtime="openvino"),
 )
 
 
@@ -60,6 +63,11 @@ def forms(kind: str, data: Path, tokenizer: Path, root: Path) -> Chain:
             f"student-gguf-{p}": made(root / f"gguf-{p}", gguf, given | {"model": trimmed}, precision=p, **checked)
             for p in ("fp32", "fp16", "q8_0")
         },
+        **{
+            f"student-mlx-{p}": made(root / f"mlx-{p}", mlx, given | {"model": trimmed}, precision=p, **checked)
+            for p in ("fp32", "fp16")
+        },
+        "student-openvino-fp32": made(root / "openvino", openvino, given | {"model": trimmed}, precision="fp32", **checked),
     }  # fmt: skip
 
 
@@ -135,7 +143,9 @@ def test_a_transposed_weight_is_found_at_its_hop_and_not_after(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["student", "student-rounded", "student-fp32", "student-gguf-fp32"])
+@pytest.mark.parametrize(
+    "name", ["student", "student-rounded", "student-fp32", "student-gguf-fp32", "student-mlx-fp32"]
+)
 def test_a_broken_chat_template_is_found_at_its_hop(
     name: str, whole: Callable[[str], Chain], data: Path, tmp_path: Path
 ) -> None:

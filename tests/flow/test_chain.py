@@ -501,6 +501,22 @@ def test_a_pruned_student_learns_again_and_is_compared_with_what_it_was(finished
     assert go(finished.folder / "pruned.yaml")[0] == set()
 
 
+def test_a_student_ships_in_a_file_of_the_size_that_was_asked_for(finished: Finished) -> None:
+    model = finished.model("few")
+    half = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2
+    asked = round(0.42 * half / 1e6, 3)
+    compress = {"quantization": "awq+gptq", "calibration_examples": 30}
+    stages = {"teacher": None, "student": {"base": str(model)}, "train": {"method": "sequence"} | BRIEF}
+    convert = {"precision": "int4", "fidelity_prompts": 8, "file_mb": asked}
+    ran, report = go(variant(finished.folder, "sized", compress=compress, convert=convert, **stages))
+    assert {"student-widths", "student-scaled", "student-rounded"} <= ran
+    forms = {v.name: v for v in report.variants}
+    assert set(forms) == {"student-fp32", "nearest-int4", "student-int4"}
+    for name in ("nearest-int4", "student-int4"):
+        size = forms[name].file_bytes
+        assert size is not None and 0.3 * half < size <= asked * 1e6
+
+
 OTHER_FORMS = ["mlx-int4", "openvino-int4", "safetensors-bf16"]
 
 

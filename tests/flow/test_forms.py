@@ -32,7 +32,8 @@ def steps(tmp_path: Path, *overrides: str) -> dict[str, Step]:
 
 def test_every_form_has_methods_that_take_its_parameters(tmp_path: Path) -> None:
     every = get_args(forms.Form)
-    assert len(every) == len(set(every)) == 23
+    assert len(every) == len(set(every)) == 25
+    every = tuple(form for form in every if not form.startswith("gguf-tq"))  # for ternary students: test_project
     found = steps(tmp_path, f"convert.also=[{','.join(every)}]")
     for form in every:
         format = forms.of(form)

@@ -72,8 +72,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     if chosen is None:
         least = rest + sum(min(o.bytes for o in widths.values()) for widths in options.values())
         raise CompressionError(
-            f"with {core.WIDTHS[0]} bits for each weight the file still has {least / 1e6:.2f} MB, more than {params.file_mb:g}",
-            f"set convert.file_mb to {least / 1e6:.2f} or more, or take a larger convert.block_size",
+            f"with {core.WIDTHS[0]} bits for each weight the file still has {least / 1e6:.3f} MB, more than {params.file_mb:g}",
+            f"set convert.file_mb to {-(-least // 1000) / 1000:.3f} or more, or take a larger convert.block_size",
         )
     size = rest + sum(options[unit][bits].bytes for unit, bits in chosen.items())
     table = {u: {str(b): {"bytes": o.bytes, "harm": o.harm} for b, o in w.items()} for u, w in options.items()}

@@ -5,6 +5,8 @@ with a scale and an offset in float16 (the rest is float16). They are rounded by
 that weights which `compress.gptq` has rounded stay as they are. A matrix whose rows are no multiple of the group stays float16; a
 model in which all do is refused. The folder loads with `mlx_lm.load` and runs on any Mac with Apple silicon.
 
+Weights that change: the norms after each part of a gemma3, where mlx-lm's factor of its embeddings is not torch's (`_rescale`).
+
 What config.json says anew: rotary settings in the flat form, which is all that mlx-lm reads of most architectures; every which layer of a
 gemma3 sees all. Of a phi3 with long rotary factors mlx-lm takes the long ones at any length, where torch takes the short ones up
 to the first context: the folder has the short ones as both, and its context ends there.
@@ -138,6 +140,8 @@ def write(source: Path, config: dict[str, Any], out: Path, params: Params) -> tu
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model, _ = utils.load_model(source, lazy=True, model_config={"rope_parameters": None} | config)
+            if config["model_type"] == "gemma3_text":
+                _rescale(model, config["hidden_size"])
             whole = {name: one.weight for name, one in model.named_modules() if hasattr(one, "to_quantized")}
             model.update(
                 tree_map(lambda w: w.astype(kind) if mx.issubdtype(w.dtype, mx.floating) else w, model.parameters())
@@ -154,6 +158,17 @@ def write(source: Path, config: dict[str, Any], out: Path, params: Params) -> tu
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     return (len(whole) - len(kept) if bits else 0), kept
+
+
+def _rescale(model: Any, hidden: int) -> None:
+    """mlx-lm rounds the factor of gemma3's embeddings to bfloat16. What the layers add is multiplied by the same error, which the norm at
+    the end takes out again."""
+    import mlx.core as mx
+
+    error = mx.array(hidden**0.5, mx.bfloat16).item() / hidden**0.5
+    for layer in model.layers:
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):  # which multiply by weight + 1
+            norm.weight = (norm.weight.astype(mx.float32) + 1) * error - 1
 
 
 def _round(model: Any, whole: Mapping[str, Any], search: bool) -> list[str]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CANDIDATES = tuple(round(0.70 + 0.02 * i, 2) for i in range(21))
+AT_ONCE = 1 << 18
+"""Weights that are rounded at a time, so that what is computed of them needs little memory, whatever the matrix."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,20 @@ def round_matrix(weights: Any, bits: int, block_size: int, *, search: bool = Fal
     """
     import numpy as np
 
-    columns = weights.shape[1]
-    groups = _groups(weights, block_size)
-    half = 1 << (bits - 1)
+    rows, columns = weights.shape
+    groups = -(-columns // block_size)
+    codes, scales = np.empty((rows, groups, block_size), np.uint8), np.empty((rows, groups), np.float16)
+    some = max(1, AT_ONCE // (groups * block_size))
+    for start in range(0, rows, some):
+        part = _groups(weights[start : start + some], block_size)
+        codes[start : start + some], scales[start : start + some] = _round(part, 1 << (bits - 1), search)
+    return Rounded(codes, scales, bits, columns)
+
+
+def _round(groups: NDArray[np.float32], half: int, search: bool) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Codes and scales of groups (out, groups, block); each is rounded by itself."""
+    import numpy as np
+
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
     best = (largest / np.float32(-half)).astype(np.float16)
     codes = _codes(groups, best, half)
@@ -86,7 +99,7 @@ def round_matrix(weights: Any, bits: int, block_size: int, *, search: bool = Fal
             best = np.where(better, scales, best)
             codes = np.where(better[..., None], trial, codes)
             error = np.where(better, trial_error, error)
-    return Rounded(codes, best, bits, columns)
+    return codes, best
 
 
 def ternary(weights: Any, bits: int, block_size: int) -> Rounded | None:

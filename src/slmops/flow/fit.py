@@ -21,7 +21,7 @@ from slmops.core.step import Step
 from slmops.errors import UsageError
 from slmops.flow import fit_plan
 from slmops.flow.executor import Executor
-from slmops.flow.fit_plan import LEAST_BITS, Candidate
+from slmops.flow.fit_plan import Candidate
 from slmops.flow.project import Project
 from slmops.flow.runner import Watcher, alone, preflight, run_alone, selected
 from slmops.flow.search_plan import check_validation
@@ -168,9 +168,11 @@ class _Fit:
         """The candidate that comes first by `prefer` of those that fit."""
         best: Candidate | None = None
         for group in _students(candidates):
-            if best is not None and self.prefer == "smallest" and not self.exhaustive and self._larger(group[0], best):
+            if best is not None and self.prefer == "smallest" and not self.exhaustive and self._larger(group, best):
                 for candidate in group:
-                    self.set(candidate, says="even at 4 bits a weight larger than the one chosen")
+                    self.set(
+                        candidate, says="its student has too many parameters for a file as small as the one chosen"
+                    )
                 continue
             self._make(group)
             inside = [c for c in group if not self._beyond(c)]
@@ -252,9 +254,9 @@ class _Fit:
             self.set(candidate, state=broken, says=f"beyond the budget of {broken}")
         return bool(broken)
 
-    def _larger(self, candidate: Candidate, best: Candidate) -> bool:
+    def _larger(self, group: Sequence[Candidate], best: Candidate) -> bool:
         """Whether every form of a student that is not made yet is surely larger than the one chosen so far."""
-        return candidate.parameters is not None and candidate.parameters * LEAST_BITS / 8 >= self._size(best)
+        return all(candidate.least_bytes >= self._size(best) for candidate in group)
 
     def _better(self, one: Candidate, other: Candidate) -> bool:
         if self.prefer == "best":
@@ -368,12 +370,12 @@ class _Fit:
 
 
 def _students(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Candidates by their student, those with the fewest parameters first."""
+    """Candidates by their student, those that may be smallest first."""
     groups: dict[Any, list[Candidate]] = {}
     for candidate in candidates:
         student = next(step for step in candidate.steps if step.id == "student")
         groups.setdefault((str(student.params), str(student.inputs)), []).append(candidate)
-    return sorted(groups.values(), key=lambda group: group[0].parameters or 0)
+    return sorted(groups.values(), key=lambda group: min(candidate.least_bytes for candidate in group))
 
 
 def forms(spec: Spec) -> tuple[str, ...]:

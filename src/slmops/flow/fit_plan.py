@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,8 @@ from slmops.train.shape import parameters
 
 ONNX = "onnx"
 TIMING = "fit-time"
-LEAST_BITS = 4
-"""Fewest bits a weight in any form of a student that was not trained for fewer."""
+LEAST_BITS = {"gguf-q2_k": 2.5, "gguf-q3_k_m": 3.4}
+"""Fewest bits a weight in forms of fewer than 4."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Candidate:
         values: of keys in which its project differs.
         form: `onnx`, or one of convert.also.
         steps: the plan of its project; `asked`: the one of them that answers the test data.
-        parameters: of its student, before it is made; None: not known.
+        least_bytes: its file is surely no smaller; 0 where nothing is known before its student is made.
     """
 
     number: int
@@ -43,7 +44,7 @@ class Candidate:
     form: str
     steps: tuple[Step, ...]
     asked: Step
-    parameters: int | None = None
+    least_bytes: float = 0.0
 
     @property
     def model(self) -> str:
@@ -80,7 +81,9 @@ def space(spec: Spec, also: Sequence[str]) -> Space:
         for form in (ONNX, *also):
             name = _name(spec, values, form)
             try:
-                changed = with_values(spec, dict(values) | {"convert.also": [] if form == ONNX else [form]})
+                own: dict[str, Any] = {"convert.also": [] if form == ONNX else [form]}
+                own |= {"evaluate.kv_cache": None} if form == ONNX else {}
+                changed = with_values(spec, dict(values) | own)
                 problems = check(changed)
             except (ValidationError, SpecError) as error:
                 problems = list(error.problems) if isinstance(error, SpecError) else spec_problems(error)
@@ -97,8 +100,7 @@ def space(spec: Spec, also: Sequence[str]) -> Space:
             if content in seen:
                 continue
             seen.add(content)
-            size = _parameters(changed)
-            found.append(Candidate(len(found), name, dict(values), form, steps, asked, size))
+            found.append(Candidate(len(found), name, dict(values), form, steps, asked, _least_bytes(changed, form)))
     if not found:
         raise UsageError(
             "no combination of fit.vary makes a project" + (f": {impossible[0].says}" if impossible else ""),
@@ -148,16 +150,19 @@ def value_at(spec: Spec, key: str) -> Any:
     return node
 
 
-def _parameters(spec: Spec) -> int | None:
-    """Of what is converted; None if it is not known beforehand."""
+def _least_bytes(spec: Spec, form: str) -> float:
+    """Of the file that ships, by the student's parameters; 0 where they are not known beforehand."""
     tokenizer = spec.student.tokenizer
     if spec.student.model is None or spec.compress.prune is not None or spec.compress.vocabulary != "whole":
-        return None  # what is taken out of it is known when it is made
+        return 0.0  # what is taken out of it is known when it is made
     if tokenizer == "teacher":
         if spec.teacher is None or spec.teacher.model is None:
-            return None
+            return 0.0
         tokenizer = spec.teacher.tokenizer
-    return parameters(spec.student.model, tokenizer.vocabulary)
+    bits = 2.0 if spec.convert.file_mb is not None else LEAST_BITS.get(form, 4.0)
+    if spec.train.quantization_aware == "ternary":
+        bits = math.log2(3)
+    return parameters(spec.student.model, tokenizer.vocabulary) * bits / 8
 
 
 def _content(steps: Sequence[Step], asked: Step) -> str:

@@ -651,7 +651,7 @@ class _Builder:
             trained = ROUNDED
         convert = self.spec.convert.onnx(precision)
         aware = self.spec.train.quantization_aware if model != "teacher" else "off"
-        trained_for = {"int4": "plain", "ternary": "ternary"}.get(aware, "plain" if trained == ROUNDED else "search")
+        trained_for = {"int4": "plain", "ternary": "ternary"}.get(aware, "search")
         rounding = convert["rounding"] or trained_for
         params = convert | {"rounding": rounding}
         inputs = {"model": trained, "data": "data"}
@@ -688,7 +688,7 @@ class _Builder:
             kept = rounded and kind == "int4"
             aware = self.spec.train.quantization_aware == "int4"
             params["block_size"] = convert.block_size
-            params["rounding"] = convert.rounding or ("plain" if aware or kept else "search")
+            params["rounding"] = convert.rounding or ("plain" if aware else "search")
             if kind == "int4" and convert.embedding_precision == "int8":
                 params["embedding_precision"] = "int8"
         inputs = {"model": ROUNDED if kept else finished(self.spec), "data": "data"} | extra

@@ -137,7 +137,12 @@ def installed(folder: Path) -> dict[str, str]:
     places = [str(path) for path in folder.glob("lib*/python*/site-packages")]
     found = {}
     for distribution in importlib.metadata.distributions(path=places):
-        name = distribution.metadata["Name"]
+        try:
+            name = distribution.metadata["Name"]
+        except (
+            FileNotFoundError
+        ):  # so says the package importlib_metadata, which takes the place of Python's own once it is loaded
+            continue
         if name:  # else what a removed package left
             found[normal(name)] = distribution.version
     return found
