@@ -9,7 +9,8 @@ import pytest
 
 from slmops.core.step import Step
 from slmops.errors import SpecError, UsageError
-from slmops.flow.planner import check, plan
+from slmops.flow.checks import check
+from slmops.flow.planner import plan
 from slmops.flow.project import load
 
 GOOD = """\

@@ -14,7 +14,8 @@ from slmops.core.fit import Budgeted, combinations
 from slmops.core.spec import Spec
 from slmops.core.step import Step
 from slmops.errors import Problem, SpecError, UsageError
-from slmops.flow.planner import check, plan
+from slmops.flow.checks import check
+from slmops.flow.planner import plan
 from slmops.flow.project import spec_problems
 from slmops.flow.search_plan import merge
 from slmops.flow.search_space import APART, shown, touches, with_values

@@ -17,12 +17,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from slmops.core import forms, runtimes
+from slmops.core import forms
 from slmops.core.spec import (
-    FROM_TEACHER,
     PREFERENCE,
     Architecture,
-    Columns,
     Data,
     Gold,
     Precision,
@@ -32,9 +30,10 @@ from slmops.core.spec import (
     Training,
 )
 from slmops.core.step import Step
-from slmops.errors import Problem, SpecError
-from slmops.flow import adapters, chain, pruning, ternary
-from slmops.train.shape import ffn_width, parameters
+from slmops.errors import SpecError
+from slmops.flow import adapters, chain, pruning
+from slmops.flow.checks import check, no_gold, supervised_first
+from slmops.train.shape import parameters
 
 SMALL = 30_000_000
 """Models below this many parameters do not gain from a second thread; they train beside each other instead. Measured on
@@ -55,204 +54,6 @@ def plan(spec: Spec) -> tuple[Step, ...]:
     return tuple(builder.steps)
 
 
-def check(spec: Spec) -> list[Problem]:
-    """What single fields cannot know: whether the stages fit each other."""
-    problems = []
-
-    def wrong(path: str, message: str, hint: str) -> None:
-        problems.append(Problem(message, hint, path=path))
-
-    teacher, student = spec.teacher, spec.student
-    for path, model in (("teacher.model", teacher and teacher.model), ("student.model", student.model)):
-        refusal = model and runtimes.head_size(model.hidden, model.heads)
-        if refusal:
-            wrong(f"{path}.heads", *refusal)
-    if spec.data.path.strip() in ("", ".", "./"):
-        wrong("data.path", "names no data", "give a file, a folder of its own, or hf:ORG/NAME")
-    if student.model is None and student.base is None:
-        wrong("student", "is missing", "give student.model (an architecture) or student.base (an existing model)")
-    method = spec.train.method
-    if method in FROM_TEACHER:
-        if teacher is None:
-            wrong("train.method", f"{method} needs a teacher", "add a teacher, or use `method: sequence`")
-        elif teacher.endpoint is not None:
-            wrong("train.method", "an endpoint does not give its distributions", "use `method: sequence`")
-        elif teacher.instructed:
-            hint = "use `method: sequence`, or `teacher: {instruct: false}` for a model that was trained on the task"
-            wrong(
-                "train.method",
-                "distributions are taken on plain prompts, which an instructed teacher does not understand",
-                hint,
-            )
-        elif method != "cross_tokenizer" and student.model is not None and student.tokenizer != "teacher":
-            wrong(
-                "student.tokenizer",
-                f"{method} needs the teacher's tokenizer",
-                "use `tokenizer: teacher`, or `method: cross_tokenizer`",
-            )
-    if teacher is not None and teacher.others and method != "logits":
-        wrong("teacher.others", "is for logit distillation", "use `train: {method: logits}`, or take them out")
-    if teacher is not None and teacher.others and teacher.model is None and any(o.model for o in teacher.others):
-        wrong(
-            "teacher.others",
-            "a teacher trained here needs the tokenizer of a first one trained here",
-            "give others a `base`",
-        )
-    trainings: list[tuple[str, Training]] = [("train", spec.train)]
-    if teacher is not None:
-        trainings += [("teacher.train", teacher.train)]
-        trainings += [(f"teacher.others.{n}.train", other.train) for n, other in enumerate(teacher.others)]
-    for path, training in trainings:
-        if training.tuning != "full" and (path != "train" or student.base is None):
-            wrong(
-                f"{path}.tuning",
-                f"{training.tuning} adds to a model that exists",
-                "give student.base, or use `tuning: full`",
-            )
-        elif training.tuning != "full" and training.quantization_aware != "off":
-            wrong(f"{path}.quantization_aware", f"rounds trained weights, but {training.tuning} trains others",
-                  "take it out, or use `tuning: full`")  # fmt: skip
-    problems += ternary.check(spec)
-    if student.model is not None and student.tokenizer == "teacher" and teacher is not None and teacher.endpoint:
-        wrong("student.tokenizer", "an endpoint has no tokenizer to share", "give `tokenizer: {vocabulary: 2048}`")
-    if spec.synthesize.shards > 1 and teacher is not None and teacher.endpoint is not None:
-        wrong(
-            "synthesize.shards",
-            "are for a local teacher",
-            "an endpoint is asked many things at once: set its concurrency",
-        )
-    generate = spec.synthesize.generate
-    if generate is not None:
-        if teacher is None and generate.method != "template":
-            wrong("synthesize.generate", f"`{generate.method}` needs a teacher", "add a teacher, or use templates")
-        if generate.method == "template" and not generate.templates:
-            wrong(
-                "synthesize.generate.templates", "is empty", "give at least one template, such as 'where is my {item}'"
-            )
-        if generate.method == "sample" and teacher is not None:
-            if teacher.endpoint is not None:
-                wrong("synthesize.generate.method", "an endpoint cannot write user turns from nothing", "use `seed`")
-            if teacher.model is not None and teacher.train.prompt_weight == 0:
-                wrong(
-                    "teacher.train.prompt_weight",
-                    "is 0, so the teacher never learns to write messages that it could be sampled for",
-                    "give for instance 0.3",
-                )
-    problems += _preference(spec)
-    if spec.data.augment is not None and spec.task.type != "extraction":
-        wrong(
-            "data.augment", "swaps values between messages and JSON answers, which only extraction has", "take it out"
-        )
-    if teacher is not None and teacher.model is not None and spec.data.teacher_share == 0:
-        wrong("data.teacher_share", "is 0, so the teacher has nothing to learn from", "give for instance 0.5")
-    if _no_gold(spec) and (teacher is None or not (spec.synthesize.label_pool or generate is not None)):
-        wrong("data.gold", "is 0 and no teacher answers anything, so the student has nothing to learn from",
-              "give it gold labels, or set synthesize.label_pool")  # fmt: skip
-    if teacher is None and any(g.metric in _NEEDS_TEACHER for g in spec.evaluate.gates):
-        wrong("evaluate.gates", "compare with a teacher, but there is none", "add a teacher or take these gates out")
-    has_label_metrics = any(g.metric in ("in_scope_accuracy", "out_of_scope_recall") for g in spec.evaluate.gates)
-    if has_label_metrics and spec.task.out_of_scope is None:
-        wrong("task.out_of_scope", "is missing", "name the label that a gate on scope looks at")
-    if spec.compress.vocabulary_at_least and spec.compress.vocabulary == "whole":
-        wrong("compress.vocabulary_at_least", "is for a vocabulary that is trimmed", "add `vocabulary: seen`")
-    if spec.compress.quantization != "none" and spec.convert.precision != "int4":
-        wrong("compress.quantization", f"rounds to int4, but the result is {spec.convert.precision}",
-              "use `convert: {precision: int4}`, or take it out")  # fmt: skip
-    if spec.compress.quantization != "none" and spec.train.quantization_aware != "off":
-        wrong(
-            "compress.quantization",
-            "rounds weights that train.quantization_aware has rounded already",
-            "take one of them out",
-        )
-    if spec.convert.file_mb is not None:
-        for path, clash, why in (
-            (
-                "convert.file_mb",
-                spec.convert.precision != "int4",
-                f"is for int4, but the result is {spec.convert.precision}",
-            ),
-            (
-                "convert.embedding_precision",
-                spec.convert.embedding_precision is not None,
-                "is chosen by convert.file_mb",
-            ),
-            (
-                "train.quantization_aware",
-                spec.train.quantization_aware != "off",
-                "trains for int4 throughout, not for convert.file_mb",
-            ),
-        ):
-            if clash:
-                wrong(path, why, "take one of them out")
-        least = parameters(student.model, 0) * (2 + 16 / spec.convert.block_size) / 8e6 if student.model else 0.0
-        if spec.convert.file_mb < least:
-            wrong("convert.file_mb", f"({spec.convert.file_mb:g}) is less than the blocks take with 2 bits for each weight",
-                  f"give more than {least:.2f}, or a smaller student.model")  # fmt: skip
-    if spec.convert.embedding_precision not in (None, spec.convert.precision):
-        if spec.convert.precision != "int4":
-            wrong("convert.embedding_precision", f"is {spec.convert.embedding_precision} in a model in {spec.convert.precision}",
-                  "use `precision: int4`, or take it out")  # fmt: skip
-        elif spec.train.quantization_aware == "int4":
-            wrong("convert.embedding_precision", "is not what train.quantization_aware trains for, which is int4 throughout",
-                  "take one of them out")  # fmt: skip
-    if spec.convert.precision == "fp32" and spec.train.quantization_aware != "off":
-        wrong("train.quantization_aware", "is set, but the result is fp32", "use `convert: {precision: int4}`")
-    if spec.train.quantization_aware == "int4" and spec.train.block_size != spec.convert.block_size:
-        wrong("train.block_size", f"({spec.train.block_size}) differs from convert.block_size", "give both the same")
-    rounded_for_mlx = [form for form in spec.convert.also if form in ("mlx-int8", "mlx-int4")]
-    if rounded_for_mlx:
-        shape = student.model  # a base is looked at when it is fetched
-        widths = (shape.hidden, ffn_width(shape)) if shape else (0,)
-        refusal = runtimes.mlx_groups(widths, spec.convert.block_size)
-        if refusal:
-            wrong("convert.block_size", f"does not suit {rounded_for_mlx[0]}: {refusal.message}", refusal.hint)
-    if spec.evaluate.kv_cache is not None and not any(forms.split(form)[0] == "gguf" for form in spec.convert.also):
-        wrong("evaluate.kv_cache", f"{spec.evaluate.kv_cache} is for llama.cpp, which runs nothing here: ONNX Runtime GenAI has no "
-              "quantised cache on the CPU", "add a form to convert.also, such as gguf-q8_0, or take it out")  # fmt: skip
-    for path, value in (("synthesize.filters.max_characters", spec.synthesize.filters),):
-        if value.min_characters > value.max_characters:
-            wrong(path, "is less than min_characters", "swap them")
-    return problems + pruning.check(spec) + adapters.check(spec)
-
-
-def _preference(spec: Spec) -> list[Problem]:
-    """What the preference methods cannot work with."""
-    method, data, supervised = spec.train.method, spec.data, spec.train.preference.supervised
-    if method not in PREFERENCE:
-        return []
-    found: list[tuple[str, str, str]] = []
-    if data.format in ("messages", "alpaca", "sharegpt", "prompt_completion"):
-        hint = "use `format: preference`, with rows of prompt, chosen and rejected"
-        found.append(("data.format", f"`{data.format}` has no rejected answers, which {method} learns from", hint))
-    elif data.columns != Columns() and data.columns.rejected is None:
-        found.append(
-            ("data.columns.rejected", "is missing", f"name the column of the answers that {method} turns from")
-        )
-    if spec.train.prompt_weight:
-        found.append(("train.prompt_weight", f"is not used by {method}, which looks at answers alone", "take it out"))
-    if spec.train.label_smoothing:
-        found.append(("train.label_smoothing", f"is not used by {method}", "use train.preference.label_smoothing"))
-    if _no_gold(spec) and spec.teacher is not None:
-        found.append(("data.gold", f"is 0, but the pairs that {method} learns from are gold", "take it out"))
-    if _supervised_first(spec):
-        if supervised.tuning != "full":
-            found.append(
-                ("train.preference.supervised.tuning", "a model from scratch has no base to add to", "use `full`")
-            )
-        return [Problem(message, hint, path=path) for path, message, hint in found]
-    if spec.teacher is not None and (spec.synthesize.label_pool or spec.synthesize.generate is not None):
-        hint = "take it out, or set synthesize.label_pool: false to keep the teacher for comparison"
-        found.append(("teacher", f"answers, but its answers are no pairs for {method} to learn from", hint))
-    if data.augment is not None:
-        found.append(("data.augment", f"makes copies without a rejected answer, which {method} needs", "take it out"))
-    return [Problem(message, hint, path=path) for path, message, hint in found]
-
-
-def _supervised_first(spec: Spec) -> bool:
-    """Whether a step of supervised learning comes before the student's method: DPO cannot start from random weights."""
-    return spec.train.method == "dpo" and spec.student.model is not None
-
-
 VALIDATION = "data/validation.jsonl"
 
 
@@ -260,13 +61,6 @@ def _validation(spec: Spec) -> str | None:
     """What the trainings of a student look at: the validation split. Beside a teacher, where `data.gold` counts the labels that the
     student has, that split would be labels beyond those: there each training holds out some of its own examples."""
     return None if spec.teacher is not None and spec.data.gold != Gold() else VALIDATION
-
-
-def _no_gold(spec: Spec) -> bool:
-    return spec.data.gold.per_label == 0 or spec.data.gold.total == 0
-
-
-_NEEDS_TEACHER = ("accuracy_retained", "inference_time_reduction", "memory_reduction")
 
 
 def _json(value: Any) -> Any:
@@ -572,7 +366,7 @@ class _Builder:
             self.add("student", f"train.{method}", params, f"distil the student ({word})", asked, threads=threads)
         elif method in PREFERENCE:
             start, own = common, taught
-            if _supervised_first(spec):
+            if supervised_first(spec):
                 training = spec.train.preference.supervised
                 params = {"training": _json(training), "files": files} | common
                 self.add("student-sft", "train.sft", params, "learn the chosen answers first", taught, threads=threads)
@@ -590,7 +384,7 @@ class _Builder:
             "few": "the student without the teacher, its gold only",
             "all": "the student without the teacher, all gold",
         }
-        baselines = [name for name in spec.evaluate.baselines if not (name == "few" and _no_gold(spec))]
+        baselines = [name for name in spec.evaluate.baselines if not (name == "few" and no_gold(spec))]
         for name in baselines if spec.teacher is not None else ():
             files, learned = self.augmented(name, [gold[name]], inputs, spec.data)
             params = {"training": _json(training), "files": files} | common

@@ -175,7 +175,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _combined(spec: Spec) -> list[Problem]:
     """Values that make no project: those that never do by themselves, or else the first combinations that do not."""
-    from slmops.flow.planner import check
+    from slmops.flow.checks import check
 
     if check(spec):
         return []  # the plan itself says so
@@ -227,7 +227,7 @@ def _combinations(ends: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 def _failure(spec: Spec, values: Mapping[str, Any]) -> Problem | None:
     """The first problem of the spec with these values."""
-    from slmops.flow.planner import check
+    from slmops.flow.checks import check
 
     try:
         other = with_values(spec, values)
