@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slmops.catalog import devices
 from slmops.cli import fit as cli
 from slmops.core.fit import Budget, Budgeted, combinations, excess, front, kept, nearest, outlook, parts
 from slmops.errors import SpecError, UsageError
+from slmops.evaluate.fit_page import render_fit
 from slmops.evaluate.fit_text import chosen_because, nothing_fits
 from slmops.flow import fit_plan
 from slmops.flow.project import load
@@ -190,3 +192,27 @@ def test_units(reads: Any, text: str, value: float) -> None:
 def test_what_is_no_quantity_is_refused(reads: Any, text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         reads(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_tells_near_scores_apart_and_joins_what_no_other_beats() -> None:
+    rows = [
+        row("a", state="quality", file_bytes=1_000_000, p95_s=0.01, score=0.850, low=0.99, high=0.99, kept=0.99, answered=9),
+        row("b", state="chosen", file_bytes=2_000_000, p95_s=0.02, score=0.854, low=1.0, high=1.0, kept=1.0, answered=9),
+        row("<c>", state="fits", file_bytes=3_000_000, p95_s=0.01, score=0.852, low=1.0, high=1.0, kept=1.0, answered=9),
+    ]  # fmt: skip
+    found = {
+        "name": "demo", "device": "this", "chosen": "b", "says": "b fits", "basis": "times were measured", "front": ["a", "b", "<c>"],
+        "measured": {"candidates": 3}, "measured_says": "27 of 27 answers asked", "set": ["convert.precision=int4"],
+        "reference": {"name": "student-fp32", "score": 0.86, "examples": 9},
+        "candidates": [one.model_dump(mode="json") for one in rows],
+    }  # fmt: skip
+    page = render_fit(found)
+    assert page.count("<svg") == 2 and "&lt;c&gt;" in page and "<c>" not in page
+    levels = page[page.index('class="levels"') :].partition("</div>")[0]
+    shown = re.findall(r">([\d.]+ %)<", levels)
+    assert len(shown) == len(set(shown)) >= 2
+    lines = [chart.count('class="trend"') for chart in page.split("<svg")[1:]]
+    assert lines == [1, 2], "file: a and b; time: a, <c> and b"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,23 @@ def _chart(found: Json, key: str, title: str, show: Any) -> dict[str, Any] | Non
         )
         for row in rows
     ]  # fmt: skip
-    line = sorted((row[key], row["score"]) for row in rows if row["name"] in found["front"])
+    line: list[tuple[float, float]] = []  # what no other beats in these two
+    for x, y in sorted(
+        (row[key], row["score"]) for row in rows if row["state"] != "quality" or row["low"] == row["high"]
+    ):
+        if not line or y > line[-1][1]:
+            line.append((x, y))
     drawing: Markup = plots.scatter(across, up, points, title, line)
     ticks = plots.ticks(across, ["0" if tick == 0 else show(tick).replace(".0 ", " ") for tick in across.ticks])
     return {
         "title": title,
         "drawing": drawing,
         "ticks": ticks,
-        "levels": plots.levels(up, [words.percent(t, 0) for t in up.ticks]),
+        "levels": plots.levels(up, [words.percent(t, _digits(up.ticks)) for t in up.ticks]),
     }
+
+
+def _digits(ticks: Sequence[float]) -> int:
+    """Digits of a per cent that tell the ticks apart."""
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+    return next((digits for digits in range(4) if 100 * step >= 0.99 * 10**-digits), 4)

@@ -24,7 +24,7 @@ def chosen_because(chosen: Budgeted, prefer: Prefer, rows: Sequence[Budgeted], b
     if chosen.kept is not None:
         text += f", {percent(chosen.kept)} of the reference's score"
         if budget.quality is not None:
-            text += f" ({percent(budget.quality, 0)} asked)"
+            text += f" ({100 * budget.quality:g} % asked)"
     if prefer == "smallest" and failed:
         smaller = [row.name for row in failed if (row.file_bytes or 0) < (chosen.file_bytes or 0)]
         if smaller:
