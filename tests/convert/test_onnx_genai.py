@@ -179,6 +179,33 @@ def test_architectures(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Llama", {"intermediate_size": 512}),
+        ("Llama", {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}),
+        ("Qwen3", {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}),
+        ("Qwen3", {"head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 2}),
+        ("Phi3", {"intermediate_size": 256, "original_max_position_embeddings": 64}),
+    ],
+    ids=["ffn", "hidden", "queries", "keys", "gate and up"],
+)
+def test_a_layer_as_wide_as_the_vocabulary_is_refused_and_would_come_out_wrong(
+    architecture: str, changes: dict[str, object], make_model: Callable[..., Path], data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = make_model(architecture, vocab_size=512, **changes)
+    with pytest.raises(ConversionError, match="as many outputs as there are tokens") as caught:
+        convert(model, data, tmp_path / "refused", precision="fp32")
+    assert caught.value.hint
+    monkeypatch.setattr(onnx_genai, "supported", lambda config: None)
+    with pytest.raises(ConversionError, match="agrees with PyTorch on"):
+        convert(model, data, tmp_path / "wrong", precision="fp32")
+    wider = make_model(architecture, vocab_size=544, **changes)
+    assert convert(wider, data, tmp_path / "right", precision="fp32")["token_agreement"] == 1.0
+
+
+@pytest.mark.slow
 def test_a_tokenizer_that_the_runtime_reads_otherwise_is_refused(llama: Path, data: Path, tmp_path: Path) -> None:
     model, rows = tmp_path / "model", tmp_path / "data"
     shutil.copytree(llama, model)

@@ -164,6 +164,7 @@ TERNARY = ["train.quantization_aware=ternary", "student={model: {hidden: 256, he
         ([*PAIRS, "compress.prune={ffn: 0.5, recover: {}}", "train.method=orpo"], "compress.prune.recover"),
         ([*BASED, "compress.prune={sparsity: 0.5, recover: {}}", "train.tuning=lora"], "train.tuning"),
         (["convert.also=[gguf-tq2_0]"], "convert.also"),
+        (["student.model.ffn=512", "teacher.tokenizer.vocabulary=512"], "student.model"),
         (["convert.layer_precision=int2"], "convert.layer_precision"),
         ([*TERNARY, "student.model.hidden=192"], "student.model"),
         ([*TERNARY, "student.model.ffn=700"], "student.model"),

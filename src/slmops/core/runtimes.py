@@ -61,7 +61,21 @@ def onnx_genai(config: Mapping[str, Any]) -> Refusal | None:
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
         return Refusal("config.json has no hidden_size or num_attention_heads", "fetch the model again")
     found = head_size(hidden, heads, config.get("head_dim"))
-    return found and Refusal(found.message, "give a model with other heads")
+    if found:
+        return Refusal(found.message, "give a model with other heads")
+    size, shared = config.get("head_dim") or hidden // heads, config.get("num_key_value_heads") or heads
+    widths = [hidden, heads * size, shared * size, config.get("intermediate_size") or 0]
+    if names[0] == "Phi3ForCausalLM":
+        widths += [(heads + 2 * shared) * size, 2 * widths[-1]]
+    return as_many_tokens(config.get("vocab_size") or 0, widths)
+
+
+def as_many_tokens(vocabulary: int, widths: Sequence[int]) -> Refusal | None:
+    """Whether a layer with these numbers of outputs could be taken for the output matrix: the builder knows that one by its size."""
+    if vocabulary not in widths:
+        return None
+    said = f"a layer has as many outputs as there are tokens ({vocabulary}), so ONNX Runtime's builder takes it for the output matrix"
+    return Refusal(said, "give the vocabulary another size")
 
 
 def _gemma3(config: Mapping[str, Any]) -> Refusal | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from slmops.core import forms, runtimes
-from slmops.core.spec import FROM_TEACHER, PREFERENCE, Columns, Spec, Training
+from slmops.core.spec import FROM_TEACHER, PREFERENCE, Columns, Spec, TokenizerSpec, Training
 from slmops.errors import Problem
 from slmops.flow import adapters, pruning, ternary
 from slmops.train.shape import ffn_width, parameters
@@ -57,6 +57,14 @@ def _models(spec: Spec) -> Wrong:
         refusal = model and runtimes.head_size(model.hidden, model.heads)
         if refusal:
             yield f"{path}.heads", *refusal
+    own = teacher.tokenizer if teacher is not None and teacher.model is not None else None
+    shared = own if student.tokenizer == "teacher" else student.tokenizer
+    for path, model, tokenizer in (("teacher", teacher and teacher.model, own), ("student", student.model, shared)):
+        if model and isinstance(tokenizer, TokenizerSpec):
+            keys = (model.kv_heads or model.heads) * (model.hidden // model.heads)
+            refusal = runtimes.as_many_tokens(tokenizer.vocabulary, (model.hidden, keys, ffn_width(model)))
+            if refusal:
+                yield f"{path}.model", *refusal
     if student.model is None and student.base is None:
         yield "student", "is missing", "give student.model (an architecture) or student.base (an existing model)"
     if student.model is not None and student.tokenizer == "teacher" and teacher is not None and teacher.endpoint:
