@@ -72,7 +72,7 @@ def onnx_genai(config: Mapping[str, Any]) -> Refusal | None:
 
 def as_many_tokens(vocabulary: int, widths: Sequence[int]) -> Refusal | None:
     """Whether a layer with these numbers of outputs could be taken for the output matrix: the builder knows that one by its size."""
-    if vocabulary not in widths:
+    if not vocabulary or vocabulary not in widths:
         return None
     said = f"a layer has as many outputs as there are tokens ({vocabulary}), so ONNX Runtime's builder takes it for the output matrix"
     return Refusal(said, "give the vocabulary another size")
