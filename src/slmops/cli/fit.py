@@ -8,6 +8,7 @@ import shlex
 import time
 from typing import TYPE_CHECKING, Any, get_args
 
+from slmops.cli.bench import positive
 from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, seconds
 from slmops.core.fit import Budget, Prefer
 from slmops.core.layout import columns
@@ -51,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of the reference's score, such as 98%% or 0.98 (98%%)",
     )
     parser.add_argument("--prefer", choices=get_args(Prefer), default="smallest", help="of those that fit (smallest)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="with which candidates are timed (1)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="with which candidates are timed (1)")
     parser.add_argument("--exhaustive", action="store_true", help="measure every candidate on all validation examples")
     project_arguments(parser)
     json_argument(parser)

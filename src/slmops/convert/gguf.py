@@ -214,30 +214,44 @@ def place(config: Mapping[str, Any], found: Mapping[str, Stored]) -> dict[str, t
     Raises:
         ConversionError: a tensor has no place, one is missing, or one has another shape than config.json says.
     """
-    expected, name_of = shapes(config), gguf_names.namer(config)
-    shared = tied(config)
+    name_of = gguf_names.namer(config)
     placed = {}
-    for name, tensor in sorted(found.items()):
+    for name, tensor in checked(config, found, "GGUF").items():
         layer, _, part = name.rpartition(".")
-        if name == "lm_head.weight" and shared:
-            continue
-        wanted = expected.pop(name, None)
         new = name_of(layer)
-        if new is None or wanted is None:
-            raise ConversionError(
-                f"GGUF has no place for the tensor {name}", "give a model without additions of its own"
-            )
-        if tensor.shape != wanted:
-            raise ConversionError(
-                f"{name} has the shape {tensor.shape}, not {wanted}", "config.json is of another model"
-            )
+        if new is None:
+            raise _no_place("GGUF", name)
         placed[f"{new}.{part}"] = (name, tensor)
-    missing = sorted(
-        name for name in expected if not name.endswith(".bias") and not (shared and name == "lm_head.weight")
-    )
+    return placed
+
+
+def checked(config: Mapping[str, Any], found: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+    """The tensors that are written, by name in rising order: all that the architecture has and no other.
+
+    Args:
+        where: what they are written for, for messages.
+
+    Raises:
+        ConversionError: a tensor has no place, one is missing, or one has another shape than config.json says.
+    """
+    expected, shared = shapes(config), tied(config)
+    kept = {name: found[name] for name in sorted(found) if not (shared and name == "lm_head.weight")}
+    for name, tensor in kept.items():
+        if name not in expected:
+            raise _no_place(where, name)
+        if tensor.shape != expected[name]:
+            raise ConversionError(
+                f"{name} has the shape {tensor.shape}, not {expected[name]}", "config.json is of another model"
+            )
+    optional = {name for name in expected if name.endswith(".bias")} | ({"lm_head.weight"} if shared else set())
+    missing = sorted(set(expected) - set(kept) - optional)
     if missing:
         raise ConversionError(f"the model has no tensor {missing[0]}", "fetch it whole")
-    return placed
+    return kept
+
+
+def _no_place(where: str, name: str) -> ConversionError:
+    return ConversionError(f"{where} has no place for the tensor {name}", "give a model without additions of its own")
 
 
 def tied(config: Mapping[str, Any]) -> bool:

@@ -86,7 +86,7 @@ def write(source: Path, config: dict[str, Any], out: Path, params: Params) -> Fa
         import openvino as ov
     except ImportError as error:
         raise MissingExtraError("OpenVINO", "openvino") from error
-    found = checked(config, dict(gguf.stored(source)))
+    found = gguf.checked(config, dict(gguf.stored(source)), "the graph")
     weights = openvino_graph.Weights(
         lambda name: found[name].read(), params.precision, params.embedding_precision or params.precision,
         params.block_size, params.rounding == "search",
@@ -102,27 +102,3 @@ def write(source: Path, config: dict[str, Any], out: Path, params: Params) -> Fa
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     return {"rounded": weights.rounded, "in_int8": weights.in_int8}
-
-
-def checked(config: Mapping[str, Any], found: Mapping[str, gguf.Stored]) -> dict[str, gguf.Stored]:
-    """The tensors that the graph will read, all of those that the architecture has and no other.
-
-    Raises:
-        ConversionError: a tensor has no place, one is missing, or one has another shape than config.json says.
-    """
-    expected, shared = gguf.shapes(config), gguf.tied(config)
-    kept = {name: tensor for name, tensor in found.items() if not (shared and name == "lm_head.weight")}
-    for name, tensor in sorted(kept.items()):
-        if name not in expected:
-            raise ConversionError(
-                f"the graph has no place for the tensor {name}", "give a model without additions of its own"
-            )
-        if tensor.shape != expected[name]:
-            raise ConversionError(
-                f"{name} has the shape {tensor.shape}, not {expected[name]}", "config.json is of another model"
-            )
-    optional = {name for name in expected if name.endswith(".bias")} | ({"lm_head.weight"} if shared else set())
-    missing = sorted(set(expected) - set(kept) - optional)
-    if missing:
-        raise ConversionError(f"the model has no tensor {missing[0]}", "fetch it whole")
-    return kept

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 import slmops
-from slmops.evaluate import plots, words
+from slmops.evaluate import pages, plots, words
 
 Json = Mapping[str, Any]
 
@@ -20,10 +17,7 @@ def render_bench(found: Json) -> str:
     Raises:
         KeyError: the dict is not that of `slmops bench`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = pages.environment()
     charts = []
     for place, length in enumerate(found["settings"]["prompt_tokens"]):
         tokens = f"prompts of {length} tokens"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import slmops
-from slmops.evaluate import plots, words
+from slmops.evaluate import pages, plots, words
 from slmops.evaluate.fit_text import finding, fit_rows
 
 Json = Mapping[str, Any]
@@ -23,10 +21,7 @@ def render_fit(found: Json) -> str:
     Raises:
         KeyError: the dict is not that of `slmops fit`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = pages.environment()
     possible = [row for row in found["candidates"] if row["state"] != "impossible"]
     return environment.get_template("fit.html.j2").render(
         f=found, rows=fit_rows(possible, found["front"]), version=slmops.__version__,

@@ -7,12 +7,9 @@ or run anything. What the page looks like is `templates/report.html.j2`; the dra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from slmops.evaluate import plots, words
+from slmops.evaluate import pages, plots, words
 from slmops.evaluate.text import STEPS, hop_rows
 from slmops.evaluate.words import NOUNS
 
@@ -53,10 +50,7 @@ def render_html(report: Json) -> str:
     Raises:
         KeyError: the dict is not a report of this schema.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = pages.environment()
     environment.filters |= {
         "percent": words.percent, "points": words.points, "ms": words.milliseconds, "size": words.size,
         "p": words.probability, "title": words.title, "fact": _fact, "label": _label, "counted": _counted,

@@ -23,6 +23,7 @@ from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.core.runtimes import Named
 from slmops.errors import DataError, ModelError, UsageError
+from slmops.evaluate.inputs import MODEL_FILES
 
 DECLARATION = Declaration(
     name="evaluate.measure",
@@ -50,7 +51,6 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-MODEL_FILES = (".onnx", ".onnx.data", ".gguf", ".safetensors", "openvino_model.xml", "openvino_model.bin")
 NOT_LOADED = ("fidelity.json", "training.json", "README.md")
 TIMEOUT_S = 3600.0
 

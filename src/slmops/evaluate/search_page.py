@@ -9,13 +9,10 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 import slmops
-from slmops.evaluate import plots, words
+from slmops.evaluate import pages, plots, words
 
 Json = Mapping[str, Any]
 Row = dict[str, Any]
@@ -31,10 +28,7 @@ def render_search(found: Json) -> str:
     Raises:
         KeyError: the dict is not that.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = pages.environment()
     environment.filters |= {"metric": title, "value": number, "short": _short, "quote": shlex.quote}
     complete = [trial for trial in found["trials"] if trial["state"] == "complete"]
     counts = {state: sum(t["state"] == state for t in found["trials"]) for state in ("complete", "pruned", "failed")}

@@ -24,7 +24,7 @@ from slmops.flow.executor import Executor
 from slmops.flow.fit_plan import Candidate
 from slmops.flow.project import Project
 from slmops.flow.runner import Watcher, alone, preflight, run_alone, selected
-from slmops.flow.search_plan import check_validation
+from slmops.flow.search_plan import check_validation, merge
 from slmops.flow.state import State
 
 USUAL = ("gguf-q4_0", "gguf-q4_k_m", "gguf-q6_k", "gguf-q8_0", "gguf-fp16")
@@ -105,9 +105,10 @@ class _Fit:
         self.base = project.plan()
         self.metric = _metric(self.spec)
         self.space = fit_plan.space(self.spec, forms(self.spec))
+        merged = merge(self.base, {one.number: one.steps for one in self.space.candidates})
+        self.steps, self.names = list(merged.steps), dict(merged.names)
         self.rows: dict[int, Budgeted] = {}
         self.scores: dict[int, dict[str, float]] = {}
-        self.folders: dict[int, Path] = {}
         self.measured = self.timed = 0
         self.executor: Executor | None = None
         if device is None:
@@ -130,10 +131,8 @@ class _Fit:
 
     def _go(self) -> Fitted:
         candidates = self.space.candidates
-        steps, _ = fit_plan.joined(self.base, candidates, {})
-        preflight(
-            self.state, self.state.survey(selected(steps, [s.id for s in steps if not s.id.startswith("predict")]))
-        )
+        wanted = [step.id for step in self.steps if not step.id.startswith("predict")]
+        preflight(self.state, self.state.survey(selected(self.steps, wanted)))
         data = self.run(self.base, ["data"])["data"]
         check_validation(data)
         self.labels = self.spec.task.labels or _labels(data)
@@ -282,17 +281,17 @@ class _Fit:
 
     def _step(self, candidate: Candidate, step: Step) -> Path:
         """Run one more step of a candidate."""
-        steps, names = fit_plan.joined(self.base, self.space.candidates, {candidate.number: [step]})
-        id = names[candidate.number][step.id]
-        return self.run(steps, [id])[id]
+        names = self.names[candidate.number]
+        id = f"{step.id}@{candidate.number}"
+        own = dataclasses.replace(step, id=id, inputs={name: names[other] for name, other in step.inputs.items()})
+        return self.run([*self.steps, own], [id])[id]
 
     def _make(self, group: Sequence[Candidate]) -> None:
         """Make the models of candidates; how large they are is known then."""
         from slmops.evaluate.inputs import model_bytes
 
-        steps, names = fit_plan.joined(self.base, self.space.candidates, {})
-        ids = {c.number: names[c.number][c.model] for c in group}
-        folders = self.run(steps, list(dict.fromkeys(ids.values())))
+        ids = {c.number: self.names[c.number][c.model] for c in group}
+        folders = self.run(self.steps, list(dict.fromkeys(ids.values())))
         for candidate in group:
             folder = folders[ids[candidate.number]]
             self.set(candidate, quiet=True, file_bytes=model_bytes(folder))
@@ -351,9 +350,8 @@ class _Fit:
         name = "teacher" if any(step.id == "teacher" for step in self.base) else "student"
         asked = next(step for step in self.base if step.id == f"predict-{name}-fp32")
         candidate = Candidate(-1, f"{name}-fp32", {}, fit_plan.ONNX, tuple(self.base), asked)
-        steps, names = fit_plan.joined(self.base, [candidate], {-1: [fit_plan.answers(candidate, 0, self.count)]})
-        id = names[-1][f"fit-answers-{self.count}"]
-        return candidate.name, self._scored(self.run(steps, [id])[id])
+        step = fit_plan.answers(candidate, 0, self.count)
+        return candidate.name, self._scored(self.run([*self.base, step], [step.id])[step.id])
 
     def set(self, candidate: Candidate, quiet: bool = False, **changes: Any) -> None:
         """Note something about a candidate, and tell of it."""

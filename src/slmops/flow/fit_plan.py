@@ -17,7 +17,6 @@ from slmops.errors import Problem, SpecError, UsageError
 from slmops.flow.checks import check
 from slmops.flow.planner import plan
 from slmops.flow.project import spec_problems
-from slmops.flow.search_plan import merge
 from slmops.flow.search_space import APART, shown, touches, with_values
 from slmops.train.shape import parameters
 
@@ -203,11 +202,3 @@ def answers(candidate: Candidate, start: int, end: int) -> Step:
         asked.threads,
         about,
     )
-
-
-def joined(
-    base: Sequence[Step], all: Sequence[Candidate], more: Mapping[int, Sequence[Step]]
-) -> tuple[list[Step], dict[int, dict[str, str]]]:
-    """One plan of candidates' steps and some more of each; names as in `slmops.flow.search_plan.merge`."""
-    merged = merge(base, {one.number: [*one.steps, *more.get(one.number, ())] for one in all})
-    return list(merged.steps), {number: dict(names) for number, names in merged.names.items()}
