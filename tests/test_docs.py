@@ -117,7 +117,7 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
         step = steps[f"student-{form}"]
         assert step.inputs["model"] == "student-rounded" and step.params["rounding"] == "search"
         assert step.params["embedding_precision"] == "int8" and step.params["block_size"] == 32
-        assert steps[f"predict-student-{form}"].method == f"evaluate.predict_{form.partition('-')[0]}"
+        assert steps[f"predict-student-{form}"].params["runtime"] == form.partition("-")[0]
     assert "model.student-mlx-int4" in steps["measure"].inputs
     assert "model.student-safetensors-bf16" not in steps["measure"].inputs
     assert steps["student-int4"].params["embedding_precision"] == "int8"

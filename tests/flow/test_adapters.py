@@ -66,7 +66,7 @@ def test_the_plan(tmp_path: Path) -> None:
     also = {step.id: step for step in load(write(tmp_path), ["convert.also=[gguf-fp16]"]).plan()}
     assert also["student-adapters-gguf-fp16"].inputs == steps["student-adapters"].inputs
     assert also["student-adapters-gguf-fp16"].params["base"] == "fp16"
-    assert also["predict-adapter-topic-gguf-fp16"].method == "evaluate.predict_llama_cpp"
+    assert also["predict-adapter-topic-gguf-fp16"].method == "evaluate.predict"
     assert also["adapters-gguf-fp16"].inputs["predictions.topic"] == "predict-adapter-topic-gguf-fp16"
     for step in also.values():
         methods.get(step.method).Params.model_validate(step.params, strict=False)

@@ -38,7 +38,7 @@ def test_every_form_has_methods_that_take_its_parameters(tmp_path: Path) -> None
     for form in every:
         format = forms.of(form)
         made, judged = found[f"student-{form}"], found[f"predict-student-{form}"]
-        assert format is not None and (made.method, judged.method) == (format.method, format.predict)
+        assert format is not None and (made.method, judged.method) == (format.method, "evaluate.predict")
         for step in (made, judged):
             method = methods.get(step.method)
             method.Params.model_validate(step.params, strict=False)

@@ -5,7 +5,7 @@ One table: a new format is one entry here, a method that writes it, and an engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ class Format:
         reported: what the report calls that runtime.
         method: writes it.
         runtime: the engine that judges it.
-        predict: answers the test data in that runtime, whose version is in its key.
         extra: the pip extra of the runtime.
+        packages: distributions whose versions can change what the runtime computes, beside those that every run has.
         refuse: whether a model with this config.json cannot be written so.
         adapters: the method that writes a base with adapters that can be switched; "": none.
         measured: whether the engine that judges it is what will serve it, so that its speed and memory say something.
@@ -44,8 +44,8 @@ class Format:
     reported: Literal["torch", "llama.cpp", "mlx", "openvino"]
     method: str
     runtime: Named
-    predict: str
     extra: str
+    packages: tuple[str, ...]
     refuse: Callable[[Mapping[str, Any]], Refusal | None]
     adapters: str = ""
     measured: bool = True
@@ -53,15 +53,15 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "gguf": Format(
-        "GGUF", "llama.cpp", "llama.cpp", "convert.gguf", "llama_cpp", "evaluate.predict_llama_cpp", "llamacpp", runtimes.llama_cpp,
+        "GGUF", "llama.cpp", "llama.cpp", "convert.gguf", "llama_cpp", "llamacpp", ("llama-cpp-python", "gguf"), runtimes.llama_cpp,
         adapters="convert.gguf_lora",
     ),
-    "mlx": Format("MLX", "MLX", "mlx", "convert.mlx", "mlx", "evaluate.predict_mlx", "mlx", runtimes.mlx),
+    "mlx": Format("MLX", "MLX", "mlx", "convert.mlx", "mlx", "mlx", ("mlx", "mlx-lm", "tokenizers"), runtimes.mlx),
     "openvino": Format(
-        "OpenVINO", "OpenVINO", "openvino", "convert.openvino", "openvino", "evaluate.predict_openvino", "openvino", runtimes.openvino
+        "OpenVINO", "OpenVINO", "openvino", "convert.openvino", "openvino", "openvino", ("openvino", "tokenizers"), runtimes.openvino
     ),
     "safetensors": Format(
-        "safetensors", "PyTorch", "torch", "convert.safetensors", "torch", "evaluate.predict", "train", runtimes.safetensors, measured=False
+        "safetensors", "PyTorch", "torch", "convert.safetensors", "torch", "train", (), runtimes.safetensors, measured=False
     ),
 }  # fmt: skip
 
@@ -75,3 +75,9 @@ def split(form: str) -> tuple[str, str]:
 def of(form: str) -> Format | None:
     """The format of a form (`gguf-q4_0`), None if it is not one of these."""
     return FORMATS.get(split(form)[0])
+
+
+def packages(runtimes: Iterable[str]) -> dict[str, str]:
+    """The packages of these runtimes, beside those that every run has, each with the pip extra that brings it."""
+    wanted = set(runtimes)
+    return {p: format.extra for format in FORMATS.values() if format.runtime in wanted for p in format.packages}

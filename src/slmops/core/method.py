@@ -6,7 +6,7 @@ ones (torch, onnxruntime, …) sit inside `run`, so that planning never pays for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ class Declaration:
         reproducible: False for measurements: the same key may give other bytes on another run.
         neutral: parameters (dotted paths) that cannot change the result, such as a time-out; they stay out of the key.
         environment: where it runs a tool whose packages clash with those of slmops; its versions go into the key.
+        runtimes: the runtimes that a step with these parameters runs models in, whose packages go into its key too.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Declaration:
     reproducible: bool = True
     neutral: tuple[str, ...] = ()
     environment: Environment | None = None
+    runtimes: Callable[[Mapping[str, Any]], Iterable[str]] = lambda params: ()
 
 
 class Progress(Protocol):

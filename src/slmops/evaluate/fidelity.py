@@ -25,6 +25,7 @@ DECLARATION = Declaration(
     takes={"data": "dataset", "model*": "model", "base*": "model"},
     extra="runtime",
     packages=("onnxruntime-genai", "onnxruntime", "torch", "transformers"),
+    runtimes=lambda params: [link["runtime"] for link in params["links"]],
 )
 
 

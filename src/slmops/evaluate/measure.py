@@ -32,6 +32,7 @@ DECLARATION = Declaration(
     takes={"model*": "model", "data": "dataset"},
     extra="runtime",
     packages=("onnxruntime-genai", "onnxruntime", "torch", "transformers"),
+    runtimes=lambda params: params["variants"].values(),
     threads=True,
     reproducible=False,
 )

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from slmops.core.engine import Engine, Generation, Sampling
+from slmops.core.engine import Engine, Generation, KvCache, Sampling
 from slmops.core.example import Example
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
@@ -31,6 +31,7 @@ DECLARATION = Declaration(
     takes={"model": "model", "data": "dataset"},
     extra="runtime",
     packages=("onnxruntime-genai", "onnxruntime", "torch", "transformers"),
+    runtimes=lambda params: (params.get("runtime", "auto"),),
 )
 
 
@@ -39,6 +40,7 @@ class Params(BaseParams):
     out, those with the smallest ids: so a split can be answered part by part.
 
     `adapter`: the one of the model's adapters that answers (`convert.onnx_adapters`).
+    `kv_cache`: how llama.cpp holds keys and values.
     `guided`: the task, for a model that is told it in words, with `shots` gold examples before each question.
     """
 
@@ -50,6 +52,7 @@ class Params(BaseParams):
     guided: Task | None = None
     shots: NonNegative = 8
     split: Literal["test", "validation"] = "test"
+    kv_cache: KvCache | None = None
 
 
 def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Facts:
@@ -58,9 +61,8 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 
     examples = read_split(inputs["data"], params.split, params.max_examples, params.skip)
     asked, tidy = questions(inputs["data"], examples, params.guided, params.shots, ctx.seed)
-    cache = getattr(params, "kv_cache", None)  # of `evaluate.predict_llama_cpp`
     engine = open_engine(
-        inputs["model"], threads=ctx.threads, kind=params.runtime, adapter=params.adapter, kv_cache=cache
+        inputs["model"], threads=ctx.threads, kind=params.runtime, adapter=params.adapter, kv_cache=params.kv_cache
     )
     ctx.progress.start(f"answering {params.split} prompts", len(examples), "prompts")
     try:

@@ -92,7 +92,7 @@ def steps(spec: Spec, builder: Builder) -> None:
     convert["rounding"] = convert["rounding"] or "search"
     about = f"the base and its adapters to ONNX Runtime GenAI, {spec.convert.precision}"
     builder.add("student-adapters", "convert.onnx_adapters", convert, about, models | data, seed=0, threads=1)
-    _judge(spec, builder, data, "", "evaluate.predict", "onnx_genai")
+    _judge(spec, builder, data, "", "onnx_genai")
     for form in spec.convert.also:
         name, kind = forms.split(form)
         format = forms.FORMATS[name]
@@ -101,10 +101,10 @@ def steps(spec: Spec, builder: Builder) -> None:
         }  # fmt: skip
         about = f"the base and its adapters to {format.name}, {kind}"
         builder.add(f"student-adapters-{form}", format.adapters, params, about, models | data, seed=0, threads=1)
-        _judge(spec, builder, data, f"-{form}", format.predict, format.runtime)
+        _judge(spec, builder, data, f"-{form}", format.runtime)
 
 
-def _judge(spec: Spec, builder: Builder, data: dict[str, str], form: str, method: str, runtime: str) -> None:
+def _judge(spec: Spec, builder: Builder, data: dict[str, str], form: str, runtime: str) -> None:
     """Predictions of every adapter of `student-adapters` with this ending, and their scores."""
     predictions = {}
     for name in spec.adapters:
@@ -117,7 +117,7 @@ def _judge(spec: Spec, builder: Builder, data: dict[str, str], form: str, method
             params["kv_cache"] = spec.evaluate.kv_cache
         about = f"adapter {name} on its test data"
         predictions[f"predictions.{name}"] = builder.add(
-            f"predict-adapter-{name}{form}", method, params, about, inputs, seed=0, threads=1
+            f"predict-adapter-{name}{form}", "evaluate.predict", params, about, inputs, seed=0, threads=1
         )
     tasks = {name: (one.task or spec.task).model_dump(mode="json") for name, one in spec.adapters.items()}
     params = {"tasks": tasks, "confidence": spec.evaluate.confidence, "resamples": spec.evaluate.resamples}

@@ -11,11 +11,13 @@ import importlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import slmops
+from slmops.core import forms
 from slmops.core.method import Declaration, Method
 from slmops.errors import MissingExtraError, UsageError
 from slmops.store import environments
@@ -70,15 +72,20 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def environment(declaration: Declaration, threads: int) -> dict[str, str]:
-    """What of this machine can change the method's result. A package that is missing shows as `absent`."""
-    locked = {name: version_of(name) or "absent" for name in declaration.packages}
+def environment(declaration: Declaration, threads: int, params: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What of this machine can change the result of a method with these parameters. A package that is missing shows as `absent`."""
+    locked = {name: version_of(name) or "absent" for name in _packages(declaration, params or {})}
     if declaration.threads:
         locked |= {"threads": str(threads), "machine": platform.machine(), "bf16": bf16()}
         locked |= {"gpu": gpus()} if gpus() else {}
     if declaration.environment is not None:
         locked[f"environment {declaration.environment.name}"] = environments.identity(declaration.environment)[:16]
     return locked
+
+
+def _packages(declaration: Declaration, params: Mapping[str, Any]) -> dict[str, str]:
+    """The packages of a method and of the runtimes that it runs models in, each with its pip extra."""
+    return dict.fromkeys(declaration.packages, declaration.extra) | forms.packages(declaration.runtimes(params))
 
 
 @cache
@@ -106,15 +113,15 @@ def bf16() -> str:
     return "yes" if {"avx512_bf16", "amx_bf16"} & set(flags) else "no"
 
 
-def require(declaration: Declaration) -> None:
-    """Refuse a method whose packages are not installed, or whose environment cannot be had.
+def require(declaration: Declaration, params: Mapping[str, Any] | None = None) -> None:
+    """Refuse a method with these parameters whose packages are not installed, or whose environment cannot be had.
 
     Raises:
         MissingExtraError: names the first missing package and the pip line.
         SlmopsError: the environment; see `slmops.store.environments.require`.
     """
-    for name in declaration.packages:
+    for name, extra in _packages(declaration, params or {}).items():
         if version_of(name) is None:
-            raise MissingExtraError(f"{name} (for {declaration.name})", declaration.extra or "all")
+            raise MissingExtraError(f"{name} (for {declaration.name})", extra or "all")
     if declaration.environment is not None:
         environments.require(declaration.environment)

@@ -534,10 +534,8 @@ class _Builder:
         for variant, (step, runtime) in models.items():
             size = self._teacher_threads() if variant.startswith("teacher") else 1
             seed = spec.seed if self._told(variant) else 0
-            format = forms.of(variant.partition("-")[2])
-            method = format.predict if format is not None else "evaluate.predict"
             predictions[f"predictions.{variant}"] = self.add(
-                f"predict-{variant}", method, judged | {"runtime": runtime} | held(spec, runtime) | self._told(variant),
+                f"predict-{variant}", "evaluate.predict", judged | {"runtime": runtime} | held(spec, runtime) | self._told(variant),
                 f"{variant} on the test data",
                 {"model": step, "data": "data"}, threads=size, seed=seed,
             )  # fmt: skip

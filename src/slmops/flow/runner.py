@@ -75,7 +75,7 @@ def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0, budge
     for status in survey:
         if status.state == "run":
             declaration = methods.get(status.step.method).DECLARATION
-            methods.require(declaration)
+            methods.require(declaration, status.step.params)
             params = methods.get(status.step.method).Params.model_validate(status.step.params, strict=False)
             if status.step.sources and status.step.inputs:  # else the survey has looked at them
                 state.source_digests(status.step)

@@ -138,9 +138,8 @@ def identity(spec: Spec, space: Sequence[Dimension], state: State) -> str:
     for step in trial_steps(first):
         declaration = methods.get(step.method).DECLARATION
         digests = dict(step.inputs) | state.source_digests(step)
-        steps.append(
-            [step.id, key_parts(step, declaration, digests, methods.environment(declaration, state.threads(step)))]
-        )
+        environment = methods.environment(declaration, state.threads(step), step.params)
+        steps.append([step.id, key_parts(step, declaration, digests, environment)])
     search = spec.search.model_dump(mode="json", include={"parameters", "sampler", "pruning"})
     wanted = [[objective.metric, objective.way] for objective in objectives_of(spec)]
     return digest_json([steps, search, wanted, spec.seed]).removeprefix("sha256:")

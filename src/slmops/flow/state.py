@@ -162,7 +162,7 @@ class State:
         digests = {name: outputs[source] for name, source in step.inputs.items()}
         digests |= self.source_digests(step)
         declaration = methods.get(step.method).DECLARATION
-        environment = methods.environment(declaration, self.threads(step))
+        environment = methods.environment(declaration, self.threads(step), step.params)
         parts = key_parts(step, declaration, digests, environment)
         key = key_of(parts)
         record = self.record(key)
