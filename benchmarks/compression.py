@@ -313,6 +313,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         w
         for w in WAYS
         if (not options.only or options.only.lower() in w.name.lower())
+        and not (options.skip and options.skip.lower() in w.name.lower())
         and (bench.python or w.system.startswith("slmops"))
     ]
     models: dict[str, tuple[Path, Path]] = {}
@@ -446,6 +447,7 @@ def main() -> None:
         "--data", type=Path, help="its examples: gold.jsonl, validation.jsonl, and test.jsonl for accuracy"
     )
     parser.add_argument("--only", metavar="WORD", help="ways whose name has it")
+    parser.add_argument("--skip", metavar="WORD", help="not those whose name has it")
     parser.add_argument("--rounds", type=int, default=0, metavar="N")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
