@@ -23,7 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan; a training that does not fit into memory is an error after it."""
+    """Print the plan; a training that does not fit into memory, or a file that cannot be so small, is an error after it."""
+    from slmops.flow import file_size
     from slmops.flow.estimate import estimate, total, trainings
     from slmops.flow.memory import require
     from slmops.flow.state import State
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print_json({"name": project.spec.name, "steps": rows, "to_run": len(todo), "estimate": cost.to_json()})
     else:
         _print(survey, costs, cost)
+    file_size.require(state, survey)
     require(state, trainings(state, survey))
     return 0
 

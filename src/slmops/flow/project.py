@@ -72,8 +72,11 @@ class Project:
         try:
             return plan(self.spec)
         except SpecError as error:
-            problems = [self.places.find(problem) if self.places else problem for problem in error.problems]
-            raise SpecError(problems, SEE) from None
+            raise self.wrong(error.problems) from None
+
+    def wrong(self, problems: Sequence[Problem]) -> SpecError:
+        """The error for problems of the file, with their lines."""
+        return SpecError([self.places.find(problem) if self.places else problem for problem in problems], SEE)
 
     @property
     def state(self) -> Path:

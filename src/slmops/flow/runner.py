@@ -18,7 +18,7 @@ from slmops.core.method import Progress, SilentProgress
 from slmops.core.step import Step
 from slmops.engines.endpoint_address import check_endpoint
 from slmops.errors import ResourceError, SlmopsError, StoppedError
-from slmops.flow import methods
+from slmops.flow import file_size, methods
 from slmops.flow.executor import Ended, Executor, Task
 from slmops.flow.planner import finished
 from slmops.flow.state import State, Status
@@ -69,9 +69,11 @@ def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0, budge
     Raises:
         UsageError: an endpoint that cannot be asked (bad address, no key, a budget without prices), or a source that is not there
             or cannot be used.
+        SpecError: see `slmops.flow.file_size`.
         MissingExtraError: a step's packages are not installed.
         ResourceError: not enough disk.
     """
+    file_size.require(state, survey)
     for status in survey:
         if status.state == "run":
             declaration = methods.get(status.step.method).DECLARATION
