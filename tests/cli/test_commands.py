@@ -182,6 +182,17 @@ def test_a_new_project_can_be_planned_and_is_not_overwritten(tmp_path: Path, slm
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_part_of_the_plan_is_what_run_would_do_for_it(tmp_path: Path, slmops: Slmops) -> None:
+    folder = write_project(tmp_path / "project")
+    whole = json.loads(slmops("plan", "--json", folder=folder).out)["steps"]
+    part = json.loads(slmops("plan", "student", "--json", folder=folder).out)["steps"]
+    names = [step["step"] for step in part]
+    assert {"data", "teacher", "student"} <= set(names) and not {"student-fp32", "report", "bundle"} & set(names)
+    assert names == [step["step"] for step in whole if step["step"] in names]
+    for verb in ("plan", "run", "why"):
+        slmops(verb, "studnet", folder=folder).refused(2, "there is no step studnet", "did you mean student?")
+
+
 def test_the_plan_counts_both_answers_of_a_pair(tmp_path: Path, slmops: Slmops) -> None:
     from slmops.core.spec import Architecture, TokenizerSpec, Training
     from slmops.train.estimate import estimate

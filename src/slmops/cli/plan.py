@@ -18,6 +18,9 @@ HELP = "show the steps, which are cached, what is downloaded, estimated time, di
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` takes."""
+    parser.add_argument(
+        "steps", nargs="*", metavar="STEP", help="plan only what these steps need (default: everything)"
+    )
     project_arguments(parser)
     json_argument(parser)
 
@@ -27,11 +30,12 @@ def run(options: argparse.Namespace) -> int:
     from slmops.flow import file_size
     from slmops.flow.estimate import estimate, total, trainings
     from slmops.flow.memory import require
+    from slmops.flow.runner import selected
     from slmops.flow.state import State
 
     project = open_project(options)
     state = State(project)
-    survey = state.survey(project.plan())
+    survey = state.survey(selected(project.plan(), options.steps))
     costs = {status.step.id: estimate(state, status, survey) for status in survey}
     todo = [status for status in survey if status.state == "run"]
     cost = total([costs[status.step.id] for status in todo])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import time
 from collections.abc import Sequence
@@ -71,14 +70,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--jobs must not be negative", "0, the default, means as many as the cores allow")
     require_trackers(project.spec.tracking)
     state = State(project)
-    steps = project.plan()
-    names = [step.id for step in steps]
-    for name in options.steps:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"steps: {', '.join(names)}"
-            raise UsageError(f"there is no step {name}", hint)
-    steps = tuple(selected(steps, options.steps))
+    steps = tuple(selected(project.plan(), options.steps))
     survey = state.survey(steps)
     todo = [status for status in survey if status.state == "run"]
     if not todo:

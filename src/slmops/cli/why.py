@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 
 from slmops.cli.common import json_argument, open_project, print_json, project_arguments
-from slmops.errors import UsageError
 
 HELP = "show why a step would run again: which part of its key changed"
 
@@ -26,14 +24,7 @@ def run(options: argparse.Namespace) -> int:
     from slmops.flow.state import State
 
     project = open_project(options)
-    steps = project.plan()
-    names = [step.id for step in steps]
-    if options.step is not None and options.step not in names:
-        close = difflib.get_close_matches(options.step, names, n=1)
-        raise UsageError(
-            f"there is no step {options.step}", f"did you mean {close[0]}?" if close else f"steps: {', '.join(names)}"
-        )
-    survey = State(project).survey(selected(steps, [options.step] if options.step else []))
+    survey = State(project).survey(selected(project.plan(), [options.step] if options.step else []))
     stale = [status for status in survey if status.state == "run"]
     if options.json:
         print_json({status.step.id: list(status.why) for status in stale})

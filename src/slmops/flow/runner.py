@@ -7,6 +7,7 @@ runs on the same project at a time are refused; everything that can be refused i
 from __future__ import annotations
 
 import contextlib
+import difflib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from slmops.core.method import Progress, SilentProgress
 from slmops.core.step import Step
 from slmops.engines.endpoint_address import check_endpoint
-from slmops.errors import ResourceError, SlmopsError, StoppedError
+from slmops.errors import ResourceError, SlmopsError, StoppedError, UsageError
 from slmops.flow import file_size, methods
 from slmops.flow.executor import Ended, Executor, Task
 from slmops.flow.planner import finished
@@ -94,10 +95,19 @@ def preflight(state: State, survey: Sequence[Status], disk_bytes: int = 0, budge
 
 
 def selected(steps: Sequence[Step], until: Sequence[str]) -> list[Step]:
-    """The steps that the named ones need, themselves included; all of them if none is named."""
+    """The steps that the named ones need, themselves included; all of them if none is named.
+
+    Raises:
+        UsageError: there is no step of a name; the hint names the nearest.
+    """
     if not until:
         return list(steps)
     by_id = {step.id: step for step in steps}
+    for name in until:
+        if name not in by_id:
+            close = difflib.get_close_matches(name, by_id, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"steps: {', '.join(by_id)}"
+            raise UsageError(f"there is no step {name}", hint)
     wanted: set[str] = set()
     stack = list(until)
     while stack:
