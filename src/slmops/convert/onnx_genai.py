@@ -127,6 +127,7 @@ def build(source: Path, work: Path, *extra: str) -> None:
     Args:
         extra: further options of the builder, such as `fuse_qkv=false`.
     """
+    import gc
     import importlib.util
 
     if not importlib.util.find_spec("onnxruntime_genai") or not importlib.util.find_spec("onnxscript"):
@@ -149,6 +150,8 @@ def build(source: Path, work: Path, *extra: str) -> None:
             raise ConversionError(
                 f"the model builder failed: {type(error).__name__}: {error}", f"its last words: {tail[0]}"
             ) from error
+        finally:
+            gc.collect()  # its model and graph hold each other, and all weights with them
 
 
 @contextlib.contextmanager

@@ -98,14 +98,14 @@ def _round(groups: NDArray[np.float32], half: int, search: bool) -> tuple[NDArra
     if search:
         turned = np.ascontiguousarray(flat.T)
         work = np.empty_like(turned)
-        least = _error(turned, best, half, work)
+        least = _error(turned, best.astype(np.float32), half, work)
         for factor in CANDIDATES:
             scales = (largest * np.float32(factor) / np.float32(-half)).astype(np.float16)
-            error = _error(turned, scales, half, work)
+            error = _error(turned, scales.astype(np.float32), half, work)
             better = error < least
             np.copyto(best, scales, where=better)
             np.copyto(least, error, where=better)
-    steps = _steps(flat, best[:, None], half, np.empty_like(flat))
+    steps = _steps(flat, best.astype(np.float32)[:, None], half, np.empty_like(flat))
     codes: NDArray[np.uint8] = (steps + np.float32(half)).astype(np.uint8)
     return codes.reshape(groups.shape), best.reshape(rows, count)
 
@@ -143,25 +143,24 @@ def _groups(weights: Any, block_size: int) -> NDArray[np.float32]:
 
 
 def _steps(
-    groups: NDArray[np.float32], scales: NDArray[np.float16], half: int, out: NDArray[np.float32]
+    groups: NDArray[np.float32], scales: NDArray[np.float32], half: int, out: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """The integers of least distance, from -half on, into `out`; 0 where the scale is 0. `scales` are broadcast to `groups`."""
     import numpy as np
 
-    wide = scales.astype(np.float32)
-    np.divide(groups, np.where(wide == 0, np.float32(np.inf), wide), out=out)
+    np.divide(groups, np.where(scales == 0, np.float32(np.inf), scales), out=out)
     np.rint(out, out=out)
     return np.clip(out, np.float32(-half), np.float32(half - 1), out=out)
 
 
 def _error(
-    groups: NDArray[np.float32], scales: NDArray[np.float16], half: int, work: NDArray[np.float32]
+    groups: NDArray[np.float32], scales: NDArray[np.float32], half: int, work: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Squared error of each group under its scale, of groups (block, groups). `work` is of their shape."""
     import numpy as np
 
     _steps(groups, scales, half, work)
-    work *= scales.astype(np.float32)
+    work *= scales
     work -= groups
     np.square(work, out=work)
     eight = work.reshape(-1, 8, work.shape[1]).sum(0)
