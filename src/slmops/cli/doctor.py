@@ -63,6 +63,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "convert": ("conversion", ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")),
     "gguf": ("writing GGUF for llama.cpp", ("gguf",)),
     "runtime": ("running, chat", ("onnxruntime-genai", "onnxruntime", "psutil")),
+    "serve": ("serving", ("starlette", "uvicorn", "onnxruntime", "tokenizers")),
     "evaluate": ("judging", ("scipy", "rouge-score")),
     "hub": ("Hugging Face hub", ("huggingface_hub", "datasets")),
     "search": ("hyperparameter search", ("optuna",)),

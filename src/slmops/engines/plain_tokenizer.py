@@ -64,6 +64,19 @@ class PlainTokenizer:
         """The text of ids without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    @property
+    def size(self) -> int:
+        """Tokens that it knows, added ones included: ids are below."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text as it is, without the chat template."""
+        return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def token(self, id: int) -> str:
+        """The text of one token, special ones included; a part of a character shows as its replacement."""
+        return str(self._tokenizer.decode([id], skip_special_tokens=False))
+
     def id_of(self, token: str) -> int | None:
         """The id of a token."""
         found: int | None = self._tokenizer.token_to_id(token)

@@ -1,0 +1,224 @@
+"""A served model: its process, its tokenizer, and answers as streams of text.
+
+A model's process that dies takes its answers with it, each with an error, and is started again; one that dies again and again
+is left alone for longer each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slmops.engines.plain_tokenizer import PlainTokenizer
+from slmops.errors import ModelError, ResourceError
+from slmops.serve.sampling import Picking
+from slmops.serve.text import Stop, Stream
+
+LONGEST_LINE = 1 << 24
+PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to an answer.
+
+    Attributes:
+        text: may be empty, as while a character is not whole or may be the beginning of a stop string.
+        token: its id.
+        finish: `stop` or `length` with the last one.
+        cached: tokens of the prompt that had not to be read, with the first piece.
+        logprob, likely: where they were asked for.
+    """
+
+    text: str
+    token: int
+    finish: str | None = None
+    cached: int = 0
+    logprob: float | None = None
+    likely: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Settings:
+    """How a model is served: `rows` answers at a time, `context` tokens each (None: as the model can), `queue` more requests waiting."""
+
+    folder: Path
+    name: str
+    rows: int = 8
+    context: int | None = None
+    threads: int = 1
+    queue: int = 256
+
+
+@dataclass
+class Model:
+    """A model and its process. Used from one event loop."""
+
+    settings: Settings
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.tokenizer = PlainTokenizer(self.settings.folder, "serve")
+        self.context_length = 0
+        self.deaths = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._ids = itertools.count(1)
+        self._open: dict[int, asyncio.Queue[Any]] = {}
+        self._again = 0.0
+        self._starting = asyncio.Lock()
+
+    @property
+    def active(self) -> int:
+        """Answers that are being written or wait."""
+        return len(self._open)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its process can be asked."""
+        return self._process is not None and self._process.returncode is None and self.context_length > 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Start its process, if none is there, and wait until the model is loaded.
+
+        Raises:
+            ModelError: it cannot be loaded.
+            ResourceError: it died a moment ago.
+        """
+        async with self._starting:
+            if self.ready:
+                return
+            wait = self._again - time.monotonic()
+            if wait > 0:
+                raise ResourceError(f"the model {self.settings.name} has failed", f"try again in {wait:.0f} s")
+            await self._start()
+
+    async def _start(self) -> None:
+        command = [sys.executable, "-m", "slmops.serve.worker"]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, limit=LONGEST_LINE, start_new_session=True
+        )
+        self._process = process
+        s = self.settings
+        self._write(
+            {"folder": str(s.folder), "rows": s.rows, "context": s.context, "threads": s.threads, "queue": s.queue}
+        )
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        first: dict[str, Any] = {"failed": f"the process of {s.name} died while it loaded the model", "hint": ""}
+        if line:
+            first = json.loads(line)
+        if "failed" in first:
+            await self.stop()
+            self._died()
+            raise ModelError(first["failed"], first["hint"])
+        self.context_length = int(first["ready"]["context"])
+        self._reader = asyncio.create_task(self._read(process))
+
+    def _write(self, command: dict[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(ConnectionError):  # the reader finds out
+            self._process.stdin.write(json.dumps(command, separators=(",", ":")).encode() + b"\n")
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        why = f"the process of the model {self.settings.name} ended"
+        while line := await process.stdout.readline():
+            said = json.loads(line)
+            for row in said.get("tokens", ()):
+                if row[0] in self._open:
+                    self._open[row[0]].put_nowait(row)
+            if "refused" in said and said["refused"] in self._open:
+                kind = ResourceError if said["busy"] else ModelError
+                self._open[said["refused"]].put_nowait(kind(said["why"], said["hint"]))
+            if "failed" in said:
+                why = said["failed"]
+        await process.wait()
+        self.context_length = 0
+        self._died()
+        for waiting in self._open.values():
+            waiting.put_nowait(ModelError(why, "ask again"))
+
+    def _died(self) -> None:
+        self.deaths += 1
+        self._again = time.monotonic() + min(60.0, 0.5 * 2 ** min(self.deaths, 8)) if self.deaths > 1 else 0.0
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a rendered prompt."""
+        return self.tokenizer.encode(messages)
+
+    async def answer(
+        self, prompt: Sequence[int], most: int | None, how: Picking, stops: Sequence[str] = ()
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of an answer. Whoever leaves the iteration early frees its row at once.
+
+        Args:
+            prompt: token ids.
+            most: new tokens; None: as many as the context has room for.
+            how: how they are picked.
+            stops: texts that end the answer, themselves left out.
+
+        Raises:
+            ModelError: the prompt does not fit, or the model's process died.
+            ResourceError: too many requests wait, or the model failed a moment ago.
+        """
+        await self.start()
+        room = self.context_length - len(prompt)
+        id = next(self._ids)
+        found: asyncio.Queue[Any] = asyncio.Queue()
+        self._open[id] = found
+        changed = {name: value for name, value in asdict(how).items() if value != getattr(Picking(), name)}
+        self._write(
+            {"ask": {"id": id, "prompt": list(prompt), "most": max(1, min(most or room, room)), "how": changed}}
+        )
+        stream, stop, ended = Stream(self.tokenizer), Stop(stops), False
+        try:
+            while not ended:
+                row = await found.get()
+                if isinstance(row, Exception):
+                    ended = True
+                    raise row
+                _, token, finish, cached, *told = row
+                ended = finish is not None
+                text = stop.add(stream.add(token) + (stream.rest() if ended else ""))
+                if stop.found:
+                    finish = "stop"
+                elif ended:
+                    text += stop.rest()
+                logprob, likely = told or (None, ())
+                yield Piece(text, token, finish, cached, logprob, tuple((int(i), float(v)) for i, v in likely))
+                if stop.found:
+                    return
+        finally:
+            del self._open[id]
+            if not ended:
+                self._write({"cancel": id})
+
+    async def stop(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), PATIENCE_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        if self._reader is not None:
+            await self._reader

@@ -1,0 +1,71 @@
+"""Text from tokens as they come: whole characters, and nothing of a stop string.
+
+Law: the pieces joined are the text of all tokens decoded at once, up to the first stop string in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slmops.engines.plain_tokenizer import PlainTokenizer
+
+UNFINISHED = "\ufffd"
+KEEP = 4
+"""Tokens before a piece that are decoded with it: what a token says can depend on the one before."""
+
+
+class Stream:
+    """The text that each token adds. A character of several tokens comes with the last of them."""
+
+    def __init__(self, tokenizer: PlainTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._told = 0
+        """Tokens whose text has been told."""
+
+    def add(self, token: int) -> str:
+        """What this token adds, "" while its character is not whole."""
+        self._ids.append(token)
+        before, now = self._around()
+        if now.endswith(UNFINISHED) or not now.startswith(before):
+            return ""
+        self._told = len(self._ids)
+        return now[len(before) :]
+
+    def rest(self) -> str:
+        """What has not been told when there are no more tokens: of a broken character its replacement."""
+        before, now = self._around()
+        self._told = len(self._ids)
+        return now[len(before) :]
+
+    def _around(self) -> tuple[str, str]:
+        begin = max(0, self._told - KEEP)
+        decode = self._tokenizer.decode
+        return decode(self._ids[begin : self._told]), decode(self._ids[begin:])
+
+
+class Stop:
+    """Holds back what may be the beginning of a stop string. `found`: one came."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What of the text up to now can be told."""
+        if not self._stops:
+            return text
+        text = self._held + text
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held

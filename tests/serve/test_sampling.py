@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slmops.serve.sampling import Picker, Picking, draw
+
+VOCABULARY = 3000
+
+
+def logits(seed: int, size: int = VOCABULARY) -> np.ndarray:
+    return (3 * np.random.default_rng(seed).standard_normal(size)).astype(np.float32)
+
+
+def reference(row: np.ndarray, how: Picking) -> np.ndarray:
+    """Probabilities by the definition, with everything sorted, float64 (vocabulary,)."""
+    scaled = row.astype(np.float64) / how.temperature
+    chances = np.exp(scaled - scaled.max())
+    chances[chances < how.min_p] = 0
+    order = np.argsort(-chances, kind="stable")
+    if how.top_k:
+        chances[order[how.top_k :]] = 0
+    chances /= chances.sum()
+    heap = chances[order].cumsum()
+    keep = int(np.searchsorted(heap, how.top_p)) + 1 if how.top_p < 1 else len(order)
+    chances[order[keep:]] = 0
+    return chances / chances.sum()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Picking(temperature=1.0),
+        Picking(temperature=0.7, top_k=40),
+        Picking(temperature=1.3, top_p=0.8),
+        Picking(temperature=5.0, top_p=0.99),  # more tokens than are sorted at first
+        Picking(temperature=0.9, top_k=2000, top_p=0.95),
+        Picking(temperature=1.0, min_p=0.1),
+        Picking(temperature=1.0, min_p=0.001, top_p=0.9, top_k=500),
+    ],
+)
+def test_tokens_come_with_their_probability(how: Picking) -> None:
+    row = logits(1)
+    wanted = reference(row, how)
+    grid = (
+        np.arange(20_000) + 0.5
+    ) / 20_000  # evenly spread chances give each token its share, to within one step at each end
+    found = np.bincount([draw(row, how, float(chance)) for chance in grid], minlength=VOCABULARY) / len(grid)
+    assert np.abs(found - wanted).max() < 1.01e-4
+    assert not found[wanted == 0].any()
+
+
+def test_the_first_and_the_last_chance_give_a_token_that_may_come() -> None:
+    row = logits(2)
+    for how in (Picking(temperature=0.01), Picking(temperature=1.0, min_p=0.5), Picking(temperature=0.5, top_k=1)):
+        allowed = set(np.flatnonzero(reference(row, how) > 0))
+        assert {draw(row, how, 0.0), draw(row, how, float(np.nextafter(1.0, 0.0)))} <= allowed
+
+
+def test_penalties_and_biases_are_those_of_the_api() -> None:
+    row = np.zeros(20, np.float32)
+    row[[3, 4, 5]] = (2.0, 1.9, -1.0)
+    picker = Picker(Picking(frequency_penalty=0.3, presence_penalty=0.1, logprobs=0), (), 0)
+    # 2.0; then 3 has 1.6 and 4 has 1.9; then 3 has 1.6 and 4 has 1.5; then 3 has 1.3
+    assert [picker.pick(row).token for _ in range(4)] == [3, 4, 3, 4]
+    repeated = Picker(Picking(repetition_penalty=2.0), (3, 5), 0)  # 3 has 1.0, 5 has −2
+    assert repeated.pick(row).token == 4 and repeated.pick(row).token == 3
+    assert Picker(Picking(logit_bias={9: 5.0, 3: -100.0}), (), 0).pick(row).token == 9
+    allowed = np.zeros(20, bool)
+    allowed[[5, 7]] = True
+    assert Picker(Picking(), (), 0).pick(row, allowed).token == 7
+    assert row[3] == 2.0 and row[9] == 0.0
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    row = logits(3, 50)
+    picked = Picker(Picking(temperature=0.1, top_k=1, logit_bias={7: 100.0}, logprobs=3), (), 0).pick(row)
+    exact = row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum())
+    assert picked.token == 7 and picked.logprob == pytest.approx(exact[7], abs=1e-9)
+    assert [id for id, _ in picked.likely] == list(np.argsort(-row)[:3])
+    assert [value for _, value in picked.likely] == pytest.approx(sorted(exact)[::-1][:3], abs=1e-9)
+
+
+def test_a_seed_repeats_an_answer_and_no_seed_does_not() -> None:
+    rows = [logits(seed) for seed in range(8)]
+
+    def answer(how: Picking, chance: int) -> list[int]:
+        picker = Picker(how, (), chance)
+        return [picker.pick(row).token for row in rows]
+
+    seeded = Picking(temperature=1.0, seed=5)
+    assert answer(seeded, 1) == answer(seeded, 2) != answer(Picking(temperature=1.0, seed=6), 1)
+    assert answer(Picking(temperature=1.0), 1) != answer(Picking(temperature=1.0), 2)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from slmops.engines.minimal import _write_tokenizer
+from slmops.engines.plain_tokenizer import PlainTokenizer
+from slmops.serve.text import Stop, Stream
+
+TEXTS = (
+    "plain words",
+    "Grüße, naïve façade",
+    "日本語のテキスト",
+    "🎉 mixed 🧑‍🚀 text\n\twith tabs",
+    "  leading and trailing  ",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PlainTokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    _write_tokenizer(folder)
+    return PlainTokenizer(folder, "serve")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_the_text_and_characters_come_whole(tokenizer: PlainTokenizer, text: str) -> None:
+    """Every byte is a token here."""
+    stream = Stream(tokenizer)
+    pieces = [stream.add(id) for id in tokenizer.ids(text)]
+    assert "".join(pieces) == text and stream.rest() == ""
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_a_broken_character_shows_as_its_replacement_at_the_end(tokenizer: PlainTokenizer) -> None:
+    stream = Stream(tokenizer)
+    ids = tokenizer.ids("ab🎉")[:-1]
+    assert "".join(stream.add(id) for id in ids) == "ab"
+    assert stream.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_text_ends_before_the_first_stop_string(seed: int) -> None:
+    random_ = random.Random(seed)
+    text = "".join(random_.choice("ab.") for _ in range(60))
+    stops = [
+        "".join(random_.choice("ab.") for _ in range(random_.randrange(1, 5))) for _ in range(random_.randrange(1, 4))
+    ]
+    stop, told, at = Stop(stops), "", 0
+    while at < len(text) and not stop.found:
+        size = random_.randrange(0, 4)
+        told += stop.add(text[at : at + size])
+        at += size
+        places = [text.find(s) for s in stops if s in text]
+        assert text.startswith(told) and len(told) <= min(places, default=len(text))
+    if not stop.found:
+        told += stop.rest()
+    places = [text.find(s) for s in stops if s in text]
+    assert stop.found == bool(places)
+    assert told == text[: min(places, default=len(text))]
