@@ -182,7 +182,7 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
         open_engine(Path(job["model"]), kind="torch", threads=job["threads"]),
         open_engine(Path(job["out"])),
     )
-    found = fidelity.compare(reference, other, fidelity.choose(data, PROMPTS))
+    found = fidelity.compare(reference, other, fidelity.choose(data, job["prompts"]))
     kept = {key: found[key] for key in ("mean_kl", "token_agreement", "positions", "template_equal")}
     if (data / "test.jsonl").is_file():
         kept |= accuracy(other, data)
@@ -340,7 +340,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 runs[way.name].append(one)
                 say(f"{name}: {way.name}: {one['work_s']:.1f} s, {one['peak_bytes'] / 1e6:.0f} MB")
                 if way.name not in quality and not options.no_quality:
-                    job = {"do": "compare", "model": str(model), "data": str(data), "out": str(out)}
+                    job = {
+                        "do": "compare",
+                        "model": str(model),
+                        "data": str(data),
+                        "out": str(out),
+                        "prompts": options.prompts,
+                    }
                     quality[way.name] = bench.own(job, out.with_name(f"{out.name}-compare.log"))["found"]
                 quality.setdefault(way.name, {})["bytes"] = size_of(out)
                 shutil.rmtree(out, ignore_errors=True)
@@ -449,6 +455,9 @@ def main() -> None:
     parser.add_argument("--only", metavar="WORD", help="ways whose name has it")
     parser.add_argument("--skip", metavar="WORD", help="not those whose name has it")
     parser.add_argument("--rounds", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--prompts", type=int, default=PROMPTS, metavar="N", help="validation prompts to compare with torch on"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peers", action="store_true", help="slmops alone: no environment is made")
