@@ -175,6 +175,8 @@ def test_each_adapter_answers_as_in_torch(
         reference.close()
         engine.end_ids = frozenset([4])
         found[name] = engine.generate([ids], Sampling(max_new_tokens=24))[0].tokens
+        endless = engine.generate([ids], Sampling(max_new_tokens=24, ignore_end=True))[0].tokens
+        assert [several.tokens for several in engine.at_once([ids, ids], 24)] == [endless, endless]
     assert engine._model is model
     assert len(set(found.values())) == 3
     engine.close()

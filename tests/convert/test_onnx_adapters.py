@@ -94,6 +94,8 @@ def test_each_adapter_answers_as_in_torch(
         assert answer[0].tokens == answer[1].tokens == tuple(wanted)
         np.testing.assert_allclose(engine.logits(ids), logits, atol=1e-3)
         answers[name] = answer[0].tokens
+        endless = engine.generate([ids], Sampling(max_new_tokens=24, ignore_end=True))[0].tokens
+        assert [several.tokens for several in engine.at_once([ids, ids], 24)] == [endless, endless]
     assert len(set(answers.values())) == 3
     engine.close()
     manifest = json.loads((tmp_path / "out" / "adapters.json").read_text())

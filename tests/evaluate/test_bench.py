@@ -40,6 +40,32 @@ def test_numbers_are_medians_with_the_range_of_the_rounds() -> None:
     assert below["joules_per_token"] is None and below["over_idle_bytes"] == 0
 
 
+def test_rates_of_a_batch_are_of_all_its_answers_and_compared_round_by_round() -> None:
+    rounds = [one(0.2, 1.0, 100, 40.0), one(0.2, 2.2, 100, 20.0), one(0.2, 0.6, 100, 20.0)]
+    single = [one(0.1, 0.5, 100, None), one(0.1, 1.1, 100, None), one(0.1, 0.4, 100, None)]
+    found = summary(rounds, [10, 20], 5, 8, single)
+    assert found["joules_per_token"] == pytest.approx(20.0 / (6 * 8 * 5))
+    short = found["prompts"][0]
+    assert short["first_token_s"]["value"] == 0.2 and short["prompt_tokens_per_s"]["value"] == pytest.approx(
+        8 * 10 / 0.2
+    )
+    assert short["new_tokens_per_s"] == {
+        "value": pytest.approx(8 * 4 / 0.8), "low": pytest.approx(8 * 4 / 2.0), "high": pytest.approx(8 * 4 / 0.4),
+    }  # fmt: skip
+    assert short["speed_up"] == {
+        "value": pytest.approx(4),
+        "low": pytest.approx(4),
+        "high": pytest.approx(8 * 0.3 / 0.4),
+    }
+    assert short["answers_per_s"] == {
+        "value": pytest.approx(8),
+        "low": pytest.approx(8 / 2.2),
+        "high": pytest.approx(8 / 0.6),
+    }
+    assert summary(single, [10, 20], 5)["prompts"][0]["speed_up"] is None
+    assert summary(rounds, [10, 20], 1, 8, single)["prompts"][0]["speed_up"] is None
+
+
 def test_energy_is_that_of_the_packages(tmp_path: Path) -> None:
     assert energy(tmp_path) is None
     for name, value in (("intel-rapl:0", 3_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 9_000_000)):
@@ -64,7 +90,7 @@ def test_answers_can_go_on_after_the_end(runtime: Any, tmp_path: Path) -> None:
     engine = open_engine(tmp_path)
     for length in (3, 20, 40):
         ids = passage(engine, length)
-        assert len(ids) == length
+        assert len(ids) == len(passage(engine, length, 3)) == length
         endless = Sampling(max_new_tokens=17, ignore_end=True)
         answer = engine.generate([ids], endless)[0]
         assert len(answer.tokens) == 17
@@ -115,6 +141,41 @@ def test_models_are_measured_against_each_other(tmp_path: Path, capsys: pytest.C
     shown = Page(page.read_text())
     assert shown.drawings == 2 * (6 + 3) and "<t>" in shown.text and "2 rounds" in shown.text
     assert Page(render_bench(found)).text == shown.text
+
+
+@pytest.mark.slow
+def test_answers_at_once_are_measured_beside_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_minimal(tmp_path / name, "onnx_genai")
+    page = tmp_path / "bench.html"
+    models = [str(tmp_path / "a"), f"<b>={tmp_path / 'b'}"]
+    code = main(["bench", *models, "--batch", "4", "1", "4", "--prompt", "8", "--new", "4", "--rounds", "2", "--repeats", "2",
+                 "--threads", "1", "--html", str(page), "--json"])  # fmt: skip
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert code == 0 and list(found["models"]) == ["a, batch 1", "a, batch 4", "<b>, batch 1", "<b>, batch 4"]
+    assert said.err.count("  <b>, batch 4") == 2, "each number in a process of its own, once a round"
+    assert found["settings"]["batches"] == [1, 4]
+    for name, model in found["models"].items():
+        assert name == f"{model['of']}, batch {model['batch']}"
+        prompt = model["prompts"][0]
+        assert (prompt["speed_up"] is None) == (model["batch"] == 1)
+        assert prompt["new_tokens_per_s"]["value"] > prompt["answers_per_s"]["value"] > 0
+        assert model["peak_bytes"] > 0
+    lines = table(found)
+    assert len(lines) == 5 and lines[2].count("×") == 1 and "speed-up" in lines[0]
+    text = page.read_text()
+    shown = Page(text)
+    # over the batches, and its two keys; the first token and two of memory for each of four; the files of two
+    assert shown.drawings == 1 + 2 + 3 * 4 + 2 and text.count('class="thread') == 4 and "<b>, batch 4" in shown.text
+    single = main(
+        ["bench", models[0], "--batch", "2", "--prompt", "8", "--new", "1", "--rounds", "1", "--repeats", "1", "--json"]
+    )
+    alone = json.loads(capsys.readouterr().out)
+    assert single == 0 and alone["models"]["a, batch 2"]["prompts"][0]["speed_up"] is None
+    assert Page(render_bench(alone)).drawings == 4, "one number is no line"
+    assert "–" in table(alone)[1]
 
 
 @pytest.mark.slow

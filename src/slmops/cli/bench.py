@@ -15,11 +15,14 @@ HELP = "measure how fast models run here and what they hold, across formats and 
 
 EPILOG = """\
 A MODEL is a folder in the form of Hugging Face, ONNX Runtime GenAI, GGUF, MLX or OpenVINO, or NAME=FOLDER. Models run in turns,
-each in a fresh process per round, one answer at a time; numbers are medians, with the least and greatest round in JSON.
+each in a fresh process per round, one answer at a time; numbers are medians, with the least and greatest round in JSON. With
+--batch, several prompts of one length are answered at once: the first token's time is that of all of them, new tokens and answers per
+second are of all together, speed-up is that of new tokens over batch 1.
 
   slmops bench outputs/demo/bundle/model outputs/demo/student
   slmops bench int4=outputs/demo/bundle/model q4=outputs/demo/gguf-q4_0 --prompt 32 128 --new 64 --html bench.html
-  slmops bench outputs/demo/gguf-q4_0 --prompt 1024 --kv-cache f16 q8_0 q4_0"""
+  slmops bench outputs/demo/gguf-q4_0 --prompt 1024 --kv-cache f16 q8_0 q4_0
+  slmops bench outputs/demo/bundle/model outputs/demo/gguf-q4_0 --batch 1 2 4 8"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache", nargs="+", default=[], choices=KV_CACHES, metavar="TYPE",
         help="GGUF: how llama.cpp holds keys and values, each in turn: f32, f16 (its default), q8_0, q4_0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", nargs="+", default=[], type=positive, metavar="N",
+        help="answers at once, each number in processes of its own (one after the other)",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="the same for every model (all cores)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the numbers as a page with drawings")
@@ -56,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         threads,
         lambda name: say(f"  {name}"),
         options.kv_cache,
+        sorted(set(options.batch)),
     )
     if options.html:
         from slmops.evaluate.bench_page import render_bench
@@ -102,8 +110,10 @@ def table(found: dict[str, Any]) -> list[str]:
     """The numbers in columns, for people."""
     lengths = found["settings"]["prompt_tokens"]
     head = ["", "runtime", "file", "load", "memory", "over idle"]
+    batches = found["settings"]["batches"]
     for length in lengths:
         head += [f"first token ({length})", "prompt tokens/s", "new tokens/s"]
+        head += ["of each", "speed-up", "answers/s"] if batches else []
     energy = any(model["joules_per_token"] is not None for model in found["models"].values())
     rows = [[*head, *(["energy a token"] if energy else [])]]
     for name, model in found["models"].items():
@@ -115,6 +125,12 @@ def table(found: dict[str, Any]) -> list[str]:
                 f"{1000 * prompt['first_token_s']['value']:.1f} ms", f"{prompt['prompt_tokens_per_s']['value']:,.0f}",
                 f"{new['value']:,.0f}" if new else "–",
             ]  # fmt: skip
+            if batches:
+                times = prompt["speed_up"]
+                row += [
+                    f"{new['value'] / model['batch']:,.0f}" if new else "–", f"× {times['value']:.2f}" if times else "–",
+                    f"{prompt['answers_per_s']['value']:,.1f}",
+                ]  # fmt: skip
         if energy:
             row.append("–" if model["joules_per_token"] is None else f"{1000 * model['joules_per_token']:.1f} mJ")
         rows.append(row)

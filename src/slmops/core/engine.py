@@ -80,3 +80,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+class AtOnce(Protocol):
+    """What an engine can do besides, if its runtime decodes several answers together (`engines.refuse_at_once` says which do)."""
+
+    def at_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
+        """One greedy answer of exactly `new_tokens` tokens to each prompt, end tokens passed over, a token of all of them at a time.
+
+        For measuring speed: a runtime may round differently in company, so near ties between tokens may fall otherwise than in
+        `Engine.generate`. The seconds of each answer are those of all.
+
+        Args:
+            prompts: token ids, all prompts of the same length.
+
+        Raises:
+            ModelError: the prompts differ in length, or they leave no room for the answers; nothing has run then.
+        """

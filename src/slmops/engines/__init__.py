@@ -23,6 +23,9 @@ NO_KV_CACHE = {
     "openvino": "slmops runs OpenVINO with keys and values as it holds them by default",
 }
 
+AT_ONCE: dict[str, int | None] = {"torch": None, "onnx_genai": 32, "llama_cpp": 256, "mlx": None, "openvino": None}
+"""Runtimes whose engines decode several answers together, with the most that the runtime takes; see `slmops.core.engine.AtOnce`."""
+
 
 def detect(folder: Path) -> Named:
     """Which runtime a model folder is for. Weights for MLX say so in the head of their file, as mlx-lm writes it.
@@ -123,6 +126,26 @@ def refuse_cache(folder: Path, runtime: str) -> None:
         raise ModelError(f"{folder}: {NO_KV_CACHE[runtime]}", hint)
 
 
+def refuse_at_once(folder: Path, runtime: str, count: int) -> None:
+    """Refuse `count` answers at once in a runtime whose engine gives one after the other, or does not take so many.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    if count == 1:
+        return
+    if runtime not in AT_ONCE:
+        raise ModelError(
+            f"{folder}: slmops runs {runtime} with one answer at a time, it does not decode several together there",
+            f"measure this model without batches; these decode several at once: {', '.join(AT_ONCE)}",
+        )
+    most = AT_ONCE[runtime]
+    if most is not None and count > most:
+        raise ModelError(
+            f"{folder}: {runtime} takes at most {most} answers at once, not {count}", "give a smaller batch"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder; a ModelError that names the file otherwise."""
     try:
@@ -136,8 +159,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def no_room(index: int, length: int, context: int) -> ModelError:
-    """The error for a prompt that leaves no room for an answer."""
+def no_room(index: int, length: int, context: int, answer: int = 0) -> ModelError:
+    """The error for a prompt that leaves no room for an answer; with `answer`, for one of that many tokens, counted in `length`."""
+    if answer:
+        return ModelError(
+            f"prompt {index} and its answer of {answer} tokens have {length} tokens, but the context of the model holds {context}",
+            "ask for shorter prompts or answers",
+        )
     return ModelError(
         f"prompt {index} has {length} tokens, but the context of the model holds {context}, answer included",
         "shorten the prompt, or train a model with a longer context",

@@ -1,6 +1,7 @@
 """llama.cpp: the engine for a folder with `model.gguf`, with the tokenizer and chat template that the file holds.
 
-Answers come one prompt after the other. The context grows by powers of two up to the model's. A file of float32 is computed
+Answers come one prompt after the other, or at once, in sequences with a context each, which llama.cpp advises where they share no long
+beginning. The context grows by powers of two up to the model's. A file of float32 is computed
 in float32: keys and values too, and without flash attention, which takes float16 on the way. Any other file is run as the
 runtime does by default. `kv_cache` says otherwise: keys and values in that type, in 8 or 4 bits with flash attention, without which
 llama.cpp does not quantise values. `use` switches between the adapters that `convert.gguf_lora` wrote while the base stays loaded.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.engine import Generation, KvCache, Sampling
-from slmops.engines import no_room, one_by_one
+from slmops.engines import at_once, no_room, one_by_one
 from slmops.engines.adapters import adapter_file
 from slmops.engines.plain_tokenizer import compile_template, render
 from slmops.errors import MissingExtraError, ModelError
@@ -54,7 +55,7 @@ class LlamaCppEngine:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
-        self._length = 0
+        self._length, self._rows = 0, 1
         self._active: str | None = None
         self._adapters: dict[str, Any] = {}
         if adapter is not None:
@@ -172,15 +173,23 @@ class LlamaCppEngine:
         """One answer per prompt, one prompt after the other. With sampling, prompt i is seeded with `seed + i`."""
         return one_by_one.generate(self, prompts, sampling, on_done)
 
+    def at_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
+        """One answer of `new_tokens` tokens to each prompt, a sequence of its own; see `slmops.core.engine.AtOnce`."""
+        return at_once.generate(self, prompts, new_tokens)
+
     def start(self, length: int) -> None:
         """An empty context with room for `length` tokens."""
+        self.start_rows(1, length)
+
+    def start_rows(self, rows: int, length: int) -> None:
+        """Empty contexts for `rows` sequences, each with room for `length` tokens."""
         lib = self._lib
-        if self._context is None or length > self._length:
+        if self._context is None or length > self._length or rows != self._rows:
             if self._context is not None:
                 lib.llama_free(self._context)
-            self._length = min(self.context_length, max(SMALLEST, 1 << (length - 1).bit_length()))
+            self._length, self._rows = min(self.context_length, max(SMALLEST, 1 << (length - 1).bit_length())), rows
             params = lib.llama_context_default_params()
-            params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = self._length, CHUNK, CHUNK, 1
+            params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = rows * self._length, rows, CHUNK, CHUNK
             params.n_threads = params.n_threads_batch = self._threads
             params.no_perf = True
             full = self._about("general.file_type") == ALL_F32
@@ -203,6 +212,33 @@ class LlamaCppEngine:
         row: NDArray[np.float32] = self._feed(ids, at, 1)[-1]
         return row
 
+    def feed_rows(self, ids: Sequence[Sequence[int]], at: int) -> NDArray[np.float32]:
+        """Put ids (rows, tokens) into the contexts from position `at`; the logits after the last of each row, (rows, vocabulary)."""
+        last, size, batch = len(ids[0]) - 1, max(1, CHUNK // len(ids)), self._batch
+        for start in range(0, last + 1, size):
+            steps = range(start, min(start + size, last + 1))
+            batch.n_tokens = len(ids) * len(steps)
+            places = ((row, step) for row in range(len(ids)) for step in steps)
+            for i, (row, step) in enumerate(places):
+                batch.token[i], batch.pos[i] = ids[row][step], at + step
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+                batch.logits[i] = step == last
+            self._decode(batch)
+        ends = range(len(steps) - 1, batch.n_tokens, len(steps))
+        found: NDArray[np.float32] = self._np.stack([self._row(i) for i in ends])
+        return found
+
+    def _decode(self, batch: Any) -> None:
+        if self._lib.llama_decode(self._context, batch):
+            raise ModelError(f"llama.cpp failed: {complaint()}", "shorten the prompt, or convert the model again")
+
+    def _row(self, i: int) -> NDArray[np.float32]:
+        """Logits (vocabulary,) of place `i` of the batch that has just run; they are valid until the next."""
+        row: NDArray[np.float32] = self._np.ctypeslib.as_array(
+            self._lib.llama_get_logits_ith(self._context, i), (self._size,)
+        )
+        return row
+
     def _feed(self, ids: Sequence[int], at: int, rows: int) -> NDArray[np.float32]:
         """Put ids into the context from position `at`; the logits of the last `rows` of them, (rows, vocabulary)."""
         found = []
@@ -214,12 +250,8 @@ class LlamaCppEngine:
                 batch.token[i], batch.pos[i] = token, at + start + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = start + i >= len(ids) - rows
-            if self._lib.llama_decode(self._context, batch):
-                raise ModelError(f"llama.cpp failed: {complaint()}", "shorten the prompt, or convert the model again")
-            for i in range(len(part)):
-                if batch.logits[i]:
-                    row = self._lib.llama_get_logits_ith(self._context, i)
-                    found.append(self._np.ctypeslib.as_array(row, (self._size,)).copy())
+            self._decode(batch)
+            found += [self._row(i).copy() for i in range(len(part)) if batch.logits[i]]
         stacked: NDArray[np.float32] = self._np.stack(found)
         return stacked
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.core import runtimes
 from slmops.core.engine import Generation, Sampling
-from slmops.engines import no_room, one_by_one, read_json
+from slmops.engines import at_once, no_room, one_by_one, read_json
 from slmops.engines.plain_tokenizer import PlainTokenizer, end_ids
 from slmops.errors import MissingExtraError, ModelError
 
@@ -103,17 +103,32 @@ class MlxEngine:
         """One answer per prompt, one prompt after the other. With sampling, prompt i is seeded with `seed + i`."""
         return one_by_one.generate(self, prompts, sampling, on_done)
 
+    def at_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
+        """One answer of `new_tokens` tokens to each prompt, in one batch; see `slmops.core.engine.AtOnce`."""
+        return at_once.generate(self, prompts, new_tokens)
+
     def start(self, length: int) -> None:
         """An empty context; it grows by itself."""
+        self.start_rows(1, length)
+
+    def start_rows(self, rows: int, length: int) -> None:
+        """Empty contexts; they become as many as the first ids have rows, and grow by themselves."""
         self._cache = self._make_cache(self._model)
 
     def feed(self, ids: Sequence[int], at: int) -> NDArray[np.float32]:
         """Put ids into the context; the logits after the last of them, (vocabulary,)."""
+        row: NDArray[np.float32] = self.feed_rows([ids], at)[0]
+        return row
+
+    def feed_rows(self, ids: Sequence[Sequence[int]], at: int) -> NDArray[np.float32]:
+        """Put ids (rows, tokens) into the contexts; the logits after the last of each row, (rows, vocabulary)."""
         mx = self._mx
-        for begin in range(0, len(ids) - 1, CHUNK):  # values of these positions are not asked for, and so not computed
-            self._model(mx.array([list(ids[begin : min(begin + CHUNK, len(ids) - 1)])]), cache=self._cache)
+        given = mx.array([list(row) for row in ids])
+        last, size = given.shape[1] - 1, max(1, CHUNK // len(ids))
+        for begin in range(0, last, size):  # values of these positions are not asked for, and so not computed
+            self._model(given[:, begin : min(begin + size, last)], cache=self._cache)
             mx.eval([cache.state for cache in self._cache])
-        return self._rows(self._model(mx.array([[ids[-1]]]), cache=self._cache)[0, -1])
+        return self._rows(self._model(given[:, last:], cache=self._cache)[:, -1])
 
     def logits(self, ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Teacher-forced logits, float32 (len(ids) - start, vocabulary): the rows from position `start` on."""

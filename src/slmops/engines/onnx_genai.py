@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.engine import Generation, Sampling
-from slmops.engines import check_room, clean, no_room, read_json
+from slmops.engines import AT_ONCE, at_once, check_room, clean, no_room, read_json
 from slmops.engines.adapters import adapter_file
 from slmops.errors import MissingExtraError, ModelError
 
@@ -57,7 +57,7 @@ class GenaiEngine:
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         self._special = special_ids(folder / "tokenizer.json") | self.end_ids
         self._generator: Any = None
-        self._endless = False
+        self._endless, self._rows = False, 1
         self._length = 0
         self._adapters: Any = None
         self._loaded: set[str] = set()
@@ -133,19 +133,41 @@ class GenaiEngine:
             tokens = (*tokens, int(generator.get_next_tokens()[0]))
         return Generation(self.decode(tokens), tokens, tokens[-1] in self.end_ids, first, total)
 
-    def _ready(self, length: int, endless: bool = False) -> Any:
+    def at_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
+        """One answer of `new_tokens` tokens to each prompt, in one batch; see `slmops.core.engine.AtOnce`."""
+        at_once.check(prompts, new_tokens, self.context_length, AT_ONCE[self.name])
+        clock = time.perf_counter
+        started = clock()
+        length = len(prompts[0])
+        generator = self._ready(length + new_tokens, endless=True, rows=len(prompts))
+        try:
+            generator.append_tokens(self._np.array(prompts, self._np.int32))
+            generator.generate_next_token()
+            first = clock() - started
+            for _ in range(new_tokens - 1):
+                generator.generate_next_token()
+        except Exception as error:
+            self._generator = None
+            raise ModelError(f"ONNX Runtime GenAI failed: {error}", "give fewer prompts at once") from error
+        total = clock() - started
+        rows = [generator.get_sequence(row)[length:].tolist() for row in range(len(prompts))]
+        return at_once.answers(self, rows, first, total)
+
+    def _ready(self, length: int, endless: bool = False, rows: int = 1) -> Any:
         """The greedy generator at position 0, with room for `length` tokens; its cache grows by powers of two.
 
         Args:
             endless: it never picks an end token.
+            rows: answers at once.
         """
-        if self._generator is None or length > self._length or endless != self._endless:
-            self._generator, self._endless = None, endless
+        if self._generator is None or length > self._length or (endless, rows) != (self._endless, self._rows):
+            self._generator, self._endless, self._rows = None, endless, rows
             self._length = min(self.context_length, max(64, 1 << (length - 1).bit_length()))
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(
-                max_length=self._length, do_sample=False, num_beams=1, min_length=self._length if endless else 0
-            )
+                max_length=self._length, do_sample=False, num_beams=1, min_length=self._length if endless else 0,
+                batch_size=rows,
+            )  # fmt: skip
             self._generator = self._new(params)
         else:
             self._generator.rewind_to(0)

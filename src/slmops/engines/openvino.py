@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.core import runtimes
 from slmops.core.engine import Generation, Sampling
-from slmops.engines import no_room, one_by_one, read_json
+from slmops.engines import at_once, no_room, one_by_one, read_json
 from slmops.engines.plain_tokenizer import PlainTokenizer, end_ids
 from slmops.errors import MissingExtraError, ModelError
 
@@ -78,29 +78,42 @@ class OpenVinoEngine:
         """One answer per prompt, one prompt after the other. With sampling, prompt i is seeded with `seed + i`."""
         return one_by_one.generate(self, prompts, sampling, on_done)
 
+    def at_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
+        """One answer of `new_tokens` tokens to each prompt, in one batch; see `slmops.core.engine.AtOnce`."""
+        return at_once.generate(self, prompts, new_tokens)
+
     def start(self, length: int) -> None:
         """An empty context; it grows by itself."""
+        self.start_rows(1, length)
+
+    def start_rows(self, rows: int, length: int) -> None:
+        """Empty contexts; they become as many as the first ids have rows, and grow by themselves."""
         self._request.reset_state()
 
     def feed(self, ids: Sequence[int], at: int) -> NDArray[np.float32]:
         """Put ids into the context from position `at`; the logits after the last of them, (vocabulary,)."""
-        row: NDArray[np.float32] = self._infer(self._request, ids, at)[-1]
+        row: NDArray[np.float32] = self._infer(self._request, [ids], at)[0, -1]
         return row
 
-    def _infer(self, request: Any, ids: Sequence[int], at: int) -> NDArray[np.float32]:
-        """Logits (tokens, vocabulary), valid until the next call."""
+    def feed_rows(self, ids: Sequence[Sequence[int]], at: int) -> NDArray[np.float32]:
+        """Put ids (rows, tokens) into the contexts from position `at`; the logits after the last of each row, (rows, vocabulary)."""
+        return self._infer(self._request, ids, at)[:, -1]
+
+    def _infer(self, request: Any, ids: Sequence[Sequence[int]], at: int) -> NDArray[np.float32]:
+        """Logits (rows, tokens, vocabulary) of ids (rows, tokens), valid until the next call."""
+        rows, new = len(ids), len(ids[0])
         given = {
-            "input_ids": self._np.array([ids], self._np.int64),
-            "attention_mask": self._np.ones((1, at + len(ids)), self._np.int64),
-            "position_ids": self._np.arange(at, at + len(ids), dtype=self._np.int64)[None],
-            "beam_idx": self._np.zeros(1, self._np.int32),
+            "input_ids": self._np.array(ids, self._np.int64),
+            "attention_mask": self._np.ones((rows, at + new), self._np.int64),
+            "position_ids": self._np.tile(self._np.arange(at, at + new, dtype=self._np.int64), (rows, 1)),
+            "beam_idx": self._np.arange(rows, dtype=self._np.int32),
         }
         try:
             request.infer(given, share_inputs=True)
         except Exception as error:
             raise ModelError(f"OpenVINO failed: {error}", "shorten the prompt, or convert the model again") from error
-        rows: NDArray[np.float32] = request.get_tensor("logits").data[0]
-        return rows
+        logits: NDArray[np.float32] = request.get_tensor("logits").data
+        return logits
 
     def logits(self, ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Teacher-forced logits, float32 (len(ids) - start, vocabulary): the rows from position `start` on."""
@@ -108,7 +121,7 @@ class OpenVinoEngine:
             raise no_room(0, len(ids), self.context_length)
         self._whole = self._whole or self._compiled(last=False)
         self._whole.reset_state()
-        return self._np.array(self._infer(self._whole, ids, 0)[start:], self._np.float32)
+        return self._np.array(self._infer(self._whole, [ids], 0)[0, start:], self._np.float32)
 
     def close(self) -> None:
         """Drop the model."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.core.digest import digest_json
 from slmops.core.engine import Generation, Sampling
-from slmops.engines import check_room, clean, no_room, read_json
+from slmops.engines import at_once, check_room, clean, no_room, read_json
 from slmops.engines.plain_tokenizer import end_ids
 from slmops.errors import MissingExtraError, ModelError
 
@@ -105,6 +105,11 @@ class TorchEngine:
                 if on_done:
                     on_done(len(part))
         return [answers[i] for i in range(len(prompts))]
+
+    def at_once(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
+        """One answer of `new_tokens` tokens to each prompt, in one batch; see `slmops.core.engine.AtOnce`."""
+        at_once.check(prompts, new_tokens, self.context_length)
+        return self._batch([list(prompt) for prompt in prompts], Sampling(new_tokens, ignore_end=True), [])
 
     def _batch(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
         """Answers to prompts of one length; rows that are finished leave the batch."""

@@ -5,7 +5,8 @@ prompts (lists of messages), how many new tokens, how many warm-up answers to th
 per prompt, tokens per prompt, seconds to load, and peak resident bytes after the imports and at the end.
 
 A job with `prompt_tokens` instead of prompts is for speed alone (`slmops bench`): for each of these lengths, `repeats`
-answers of exactly `max_new_tokens` to a made-up text, and the energy of all answers where the processor tells it.
+answers of exactly `max_new_tokens` to a made-up text, and the energy of all answers where the processor tells it. With `batch`
+above 1, so many different texts of that length are answered at once each time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from slmops.core.engine import Engine, Sampling
+from slmops.core.engine import AtOnce, Engine, Generation, Sampling
 from slmops.engines import open_engine
 from slmops.errors import ModelError, SlmopsError
 
@@ -87,9 +88,10 @@ def opened(job: dict[str, Any]) -> tuple[Engine, int, float]:
     return engine, imported, time.perf_counter() - started
 
 
-def passage(engine: Engine, length: int) -> list[int]:
-    """The first `length` tokens of a conversation with a long made-up message."""
-    text = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(length))
+def passage(engine: Engine, length: int, number: int = 0) -> list[int]:
+    """The first `length` tokens of a conversation with a long made-up message, another one for each number."""
+    start = [f"{number}:"] if number else []
+    text = " ".join([*start, *(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(length))])
     ids = engine.encode([{"role": "user", "content": text}])
     while len(ids) < length:
         ids = [*ids, *ids]
@@ -106,11 +108,19 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
             "ask for shorter prompts or answers",
         )
     sampling = Sampling(max_new_tokens=job["max_new_tokens"], ignore_end=True)
-    prompts = [passage(engine, length) for length in job["prompt_tokens"]]
+    batch = job.get("batch", 1)
+
+    def answer(prompts: list[list[int]]) -> Generation:
+        """The first of the answers, whose times are those of all."""
+        if batch == 1:
+            return engine.generate(prompts, sampling)[0]
+        return cast(AtOnce, engine).at_once(prompts, sampling.max_new_tokens)[0]
+
+    prompts = [[passage(engine, length, number) for number in range(batch)] for length in job["prompt_tokens"]]
     for _ in range(job["warmup"]):
-        engine.generate(prompts[-1:], sampling)
+        answer(prompts[-1])
     before = energy()
-    answers = [[engine.generate([ids], sampling)[0] for _ in range(job["repeats"])] for ids in prompts]
+    answers = [[answer(several) for _ in range(job["repeats"])] for several in prompts]
     after = energy()
     return {
         "first_token_s": [[answer.first_token_s for answer in same] for same in answers],

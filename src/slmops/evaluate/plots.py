@@ -169,6 +169,37 @@ def scatter(
     )
 
 
+@dataclass(frozen=True)
+class Series:
+    """A named line of points (x, y, low, high); `low` and `high` are the ends of an upright stroke."""
+
+    name: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+STYLES = 6
+"""Looks of lines that can be told apart: the CSS classes `s0` and so on, which come round again after the last."""
+
+
+def lines(across: Axis, up: Axis, series: Sequence[Series], label: str) -> Markup:
+    """Lines through points on two scales, each in a look of its own."""
+    body = _grid(across)
+    body += "".join(
+        f'<line class="grid" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>' for y in (100 - up.at(t) for t in up.ticks)
+    )
+    for place, one in enumerate(series):
+        look = f"s{place % STYLES}"
+        spots = [(across.at(x), 100 - up.at(y), 100 - up.at(low), 100 - up.at(high)) for x, y, low, high in one.points]
+        for (x1, y1, *_), (x2, y2, *_) in itertools.pairwise(spots):
+            body += f'<line class="thread {look}" x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.2f}%" y2="{y2:.2f}%"/>'
+        for x, y, low, high in spots:
+            body += f'<line class="reach {look}" x1="{x:.2f}%" x2="{x:.2f}%" y1="{low:.2f}%" y2="{high:.2f}%"/>'
+            body += f'<circle class="dot {look}" cx="{x:.2f}%" cy="{y:.2f}%" r="4"/>'
+    return Markup(
+        f'<svg class="scatter" width="100%" height="240" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )
+
+
 def levels(scale: Axis, words: Sequence[str]) -> Markup:
     """The tick labels of an upright axis as positioned HTML."""
     out = [
