@@ -232,7 +232,7 @@ def answer_logits(model: Any, batch: torch.Tensor, marks: torch.Tensor) -> torch
 def moments(
     block: Any, layer: Any, hidden: Sequence[torch.Tensor], settings: Sequence[Mapping[str, Any]]
 ) -> torch.Tensor:
-    """Mean of x x^T over the inputs x of a layer: float32 (inputs, inputs)."""
+    """Mean of x x^T over the inputs x of a layer: float32 (inputs, inputs). What the block computes after that layer is left out."""
     import torch
 
     total = torch.zeros(layer.in_features, layer.in_features)
@@ -243,14 +243,20 @@ def moments(
         flat = args[0].reshape(-1, args[0].shape[-1]).float()
         total.addmm_(flat.T, flat)
         count += len(flat)
+        raise _Enough
 
     handle = layer.register_forward_pre_hook(hook)
     try:
         for h, kwargs in zip(hidden, settings, strict=True):
-            call(block, h, kwargs)
+            with contextlib.suppress(_Enough):
+                call(block, h, kwargs)
     finally:
         handle.remove()
     return total / max(1, count)
+
+
+class _Enough(Exception):
+    """A layer's inputs have been seen."""
 
 
 def loss(weight: torch.Tensor, rounded: torch.Tensor, found: torch.Tensor) -> float:
