@@ -204,6 +204,26 @@ def test_the_fit_guide_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_guide_to_pull_runs(tmp_path: Path) -> None:
+    """From a stand-in of the hub, which has each of its models under another name."""
+    pytest.importorskip("huggingface_hub", reason="needs the extra `hub`")
+    from tests.catalog.models import LARGE
+    from tests.hub_stand_in import Hub
+
+    gguf = b"GGUF" + (3).to_bytes(4, "little") + bytes(64)
+    models = {"Qwen/Qwen3-0.6B-GGUF": {"a-Q4_K_M.gguf": gguf, "a-Q8_0.gguf": gguf + b"8"}, "Qwen/Qwen3-0.6B": LARGE}
+    ran = 0
+    for kind, text in blocks(ROOT / "docs" / "guides" / "pull.md"):
+        name = next(name for name in models if name in text)
+        with Hub(models[name], "models").serve() as url:
+            local = text.replace(name, "acme/desk").replace(" --to", " --no-check --to")
+            shell(f"export HF_ENDPOINT={url} SLMOPS_MODELS=$PWD/cache\n{local}", tmp_path)
+        ran += kind == "sh"
+    assert ran == 2 and (tmp_path / "base" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "gguf").glob("*.gguf")] == ["a-Q8_0.gguf"]
+
+
+@pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path) -> None:
     """Every `sh` block of the README, in order, in one folder. `make test` itself is the one that runs this."""
     demo = tmp_path / "demo"

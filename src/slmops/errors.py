@@ -94,6 +94,14 @@ class ModelError(SlmopsError):
     """A model folder cannot be loaded or does not fit what is asked of it."""
 
 
+class RefusedError(ModelError):
+    """A model is not taken because of what it holds: an unsafe name, code, a header that does not fit its file."""
+
+
+class UnreachableError(ModelError):
+    """A hub of models cannot be reached, or must not be asked: what is here already may do."""
+
+
 class TrainingError(SlmopsError):
     """Training cannot go on (divergence, nothing to learn from, inputs that do not align)."""
 

@@ -14,14 +14,14 @@ from slmops.catalog import fetch
 from slmops.core.method import Context
 from slmops.engines.minimal import write_minimal
 from slmops.errors import ConversionError, ModelError
-from tests.hub_stand_in import COMMIT, Hub, client
+from tests.hub_stand_in import COMMIT, Hub, client, tensors
 
 CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"]}).encode()
 PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = json.dumps({"weight_map": {"a": PARTS[0], "b": PARTS[1]}}).encode()
 SPLIT = {
     "config.json": CONFIG, "tokenizer.json": b"{}", "model.safetensors.index.json": INDEX,
-    PARTS[0]: b"0" * 3000, PARTS[1]: b"1" * 3000,
+    PARTS[0]: tensors(b"0", 3000, "a"), PARTS[1]: tensors(b"1", 3000, "b"),
 }  # fmt: skip
 EXTRA = {
     "README.md": b"# hi",
@@ -276,5 +276,5 @@ def test_half_a_download_does_not_pass_for_a_model_when_the_hub_is_gone(
     half = {name: content for name, content in SPLIT.items() if name != PARTS[1]}
     fill(tmp_path / "base" / "hf:acme-desk" / "hub", half)
     ((kind, message, hint, left),) = ask("http://127.0.0.1:9", tmp_path / "base", "hf:acme/desk", **offline)
-    assert (kind, left) == ("ModelError", [])
+    assert (kind, left) == ("UnreachableError", [])
     assert "cannot be reached" in message and "give a local folder" in hint

@@ -9,14 +9,19 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from slmops.catalog.hub import Hub
+from slmops.catalog.pull import adopt, gather, listed
+from slmops.catalog.source import hub as parse_hub
+from slmops.catalog.transfer import Pace
 from slmops.core import forms, method, pruning, runtimes
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.spec import Prune
-from slmops.errors import ConversionError, MissingExtraError, ModelError
+from slmops.errors import ConversionError, ModelError
 
 DECLARATION = Declaration(name="catalog.fetch", version="1", makes="model", takes={"model?": "folder"})
 
@@ -111,51 +116,21 @@ def _parts(index: Path, name: str) -> set[str]:
 
 def _download(name: str, ctx: Context) -> Path:
     """The model's files from one commit, in the step's scratch folder: a download that was cut goes on there."""
-    try:
-        import huggingface_hub as hub
-    except ImportError:
-        raise MissingExtraError("huggingface_hub", "hub") from None
-    repository, _, revision = name.removeprefix("hf:").partition("@")
-    folder = ctx.scratch / "hub"
-    try:
-        info = hub.HfApi().model_info(repository, revision=revision or None)
-        names = [file.rfilename for file in info.siblings or ()]
-        wanted = [file for file in names if any(fnmatch.fnmatch(file, p) for p in PATTERNS) and "/" not in file]
-        _check_weights([file for file in names if "/" not in file], name)
-        ctx.progress.start(f"downloading {name}", len(wanted), "files")
-        for file in wanted:
-            hub.hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
-            ctx.progress.advance(note=file)
-        ctx.progress.stop()
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _wrapped(error, name) from error
-    return folder
+    origin, pace, source = Hub(), Pace(), parse_hub(name)
+    listing = listed(origin, source, pace)
+    names = [file.name for file in listing.files if "/" not in file.name]
+    _check_weights(names, name)
+    wanted = [
+        file for file in listing.files if file.name in names and any(fnmatch.fnmatch(file.name, p) for p in PATTERNS)
+    ]
+    ctx.progress.start(f"downloading {name}", sum(file.size for file in wanted), "bytes")
+    one_at_a_time = threading.Lock()
 
+    def moved(count: int, file: str) -> None:
+        with one_at_a_time:
+            ctx.progress.advance(count, file)
 
-def _wrapped(error: BaseException, name: str) -> ModelError:
-    """What the hub's client met, in our words. Its HTTP library differs by version, so classes are told by name."""
-    kinds: set[str] = set()
-    walk: BaseException | None = error
-    while walk is not None:
-        kinds |= {kind.__name__ for kind in type(walk).__mro__}
-        walk = walk.__cause__ or walk.__context__
-    for kind, message, hint in _KNOWN:
-        if kind in kinds:
-            return ModelError(f"{name}: {message}", hint)
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return ModelError(f"{name}: download failed: {text}", "run again: finished files are kept")
-
-
-_OFFLINE = ("the hub cannot be reached", "check the network and HF_ENDPOINT, or give a local folder")
-_KNOWN: tuple[tuple[str, str, str], ...] = (
-    ("GatedRepoError", "the model is gated", "ask for access on its page, then set HF_TOKEN or run: hf auth login"),
-    ("RepositoryNotFoundError", "the hub has no such model, or it needs a login", "check the name; set HF_TOKEN"),
-    ("RevisionNotFoundError", "the model has no such revision", "check what stands after the @"),
-    ("HFValidationError", "is not the name of a model", "write hf:ORG/NAME or hf:ORG/NAME@REVISION"),
-    ("OfflineModeIsEnabled", *_OFFLINE),
-    ("ConnectError", *_OFFLINE),
-    ("ConnectionError", *_OFFLINE),
-    ("TimeoutException", *_OFFLINE),
-)
+    adopt(source, ctx.scratch / "hub" / "blobs")
+    tree = gather(origin, listing, wanted, ctx.scratch / "hub", pace, moved)
+    ctx.progress.stop()
+    return tree

@@ -21,7 +21,8 @@ from slmops.errors import SlmopsError
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 VERBS = (
-    "init", "import", "doctor", "plan", "run", "search", "why", "report", "compare", "fidelity", "fit", "bench", "chat", "serve", "cache",
+    "init", "import", "doctor", "pull", "plan", "run", "search", "why", "report", "compare", "fidelity", "fit", "bench", "chat",
+    "serve", "cache",
 )  # fmt: skip
 
 DESCRIPTION = """\

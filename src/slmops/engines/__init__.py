@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,9 +44,13 @@ def detect(folder: Path) -> Named:
         return "openvino"
     if (folder / "config.json").is_file():
         files = sorted(folder.glob("*.safetensors"))
+        if not files and find_gguf(folder):
+            return "llama_cpp"
         if not files:
             raise ModelError(f"{folder} has a config.json but no .safetensors file", "save the weights as safetensors")
         return "mlx" if _written_for(files[0]) == "mlx" else "torch"
+    if find_gguf(folder):
+        return "llama_cpp"
     names = ("genai_config.json", "model.gguf", "openvino_model.xml")
     inner = sorted(path.parent for name in names for path in folder.glob(f"*/{name}"))
     hint = "point to a Hugging Face model folder or to one that `slmops` converted"
@@ -53,6 +58,15 @@ def detect(folder: Path) -> Named:
         f"{folder} is not a model: it has neither genai_config.json nor model.gguf nor openvino_model.xml nor config.json",
         f"did you mean {inner[0]}?" if inner else hint,
     )
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder: `model.gguf`, else the only one, or the first of one that is in parts."""
+    if (folder / "model.gguf").is_file():
+        return folder / "model.gguf"
+    found = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
+    parts = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", path.name) for path in found}
+    return found[0] if len(parts) == 1 else None
 
 
 def _written_for(file: Path) -> str:
@@ -72,7 +86,7 @@ def open_engine(
 
     Args:
         folder: a model folder in the form of Hugging Face, ONNX Runtime GenAI, MLX or OpenVINO, with its tokenizer and chat
-            template, or one with a `model.gguf`, which holds both.
+            template, or one with a GGUF file, which holds both.
         threads: CPU threads, at least 1.
         kind: the runtime; `auto` takes the one that the folder is for.
         adapter: answer with this one of the folder's adapters (`convert.onnx_adapters`, `convert.gguf_lora`).

@@ -1,4 +1,4 @@
-"""llama.cpp: the engine for a folder with `model.gguf`, with the tokenizer and chat template that the file holds.
+"""llama.cpp: the engine for a folder with a GGUF file, with the tokenizer and chat template that the file holds.
 
 Answers come one prompt after the other, or at once, in sequences with a context each, which llama.cpp advises where they share no long
 beginning. The context grows by powers of two up to the model's. A file of float32 is computed
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.engine import Generation, KvCache, Sampling
-from slmops.engines import at_once, no_room, one_by_one
+from slmops.engines import at_once, find_gguf, no_room, one_by_one
 from slmops.engines.adapters import adapter_file
 from slmops.engines.plain_tokenizer import compile_template, render
 from slmops.errors import MissingExtraError, ModelError
@@ -38,7 +38,7 @@ _log: dict[str, Any] = {"lines": []}
 
 
 class LlamaCppEngine:
-    """A folder with `model.gguf`. See `slmops.core.engine.Engine`. Not safe for use by two threads at once."""
+    """A folder with a GGUF file. See `slmops.core.engine.Engine`. Not safe for use by two threads at once."""
 
     name = "llama_cpp"
 
@@ -61,7 +61,7 @@ class LlamaCppEngine:
         if adapter is not None:
             adapter_file(folder, adapter)  # before the model is loaded
         listen(llama_cpp)
-        file = folder / "model.gguf"
+        file = find_gguf(folder) or folder / "model.gguf"
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
