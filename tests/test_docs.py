@@ -65,6 +65,12 @@ def test_the_guide_runs(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "own-task" / "report.html").exists()
 
 
+def test_the_guide_to_the_catalogue_runs(tmp_path: Path) -> None:
+    texts = [text for kind, text in blocks(ROOT / "docs" / "guides" / "catalog.md") if kind == "sh"]
+    listed, fitting, needed = (shell(text, tmp_path) for text in texts)
+    assert "596,049,920" in listed and fitting.startswith("model") and "llama_cpp" in needed
+
+
 def test_the_guide_to_methods_plans(tmp_path: Path) -> None:
     """Each block, laid over a small project, is accepted and planned with the method that it names."""
     from ruamel.yaml import YAML

@@ -3,16 +3,23 @@
 A profile gives the peak of one core (float32 operations a second) and of the memory (bytes a second) as its makers state them. The
 time that a model takes here is multiplied by the worse of the two ratios, both sides counted by the same rule of thumb: a program
 reaches SHARE of either peak. This is a prediction and says so; a measurement on the device is worth more.
+
+A machine that was measured (`slmops doctor --save NAME`) is a device too: a file in `folder()` that can be carried to another machine.
+What one of its cores reaches is known then, so it is taken whole.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from slmops.errors import UsageError
 
@@ -23,7 +30,8 @@ HERE = "this"
 
 @dataclass(frozen=True)
 class Device:
-    """A device. `gflops`: of one core, 10^9 float32 operations a second; `gbytes`: of the memory, 10^9 bytes a second."""
+    """A device. `gflops`: of one core, 10^9 float32 operations a second; `gbytes`: of the memory, 10^9 bytes a second; both the makers'
+    peaks, or what a program reached there where they were `measured`."""
 
     name: str
     title: str
@@ -31,16 +39,79 @@ class Device:
     cores: int
     gflops: float
     gbytes: float
+    measured: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of `gflops` and `gbytes`, what a program is taken to reach."""
+        return 1.0 if self.measured else SHARE
 
 
 def known() -> dict[str, Device]:
-    """The profiles that come with slmops, by name."""
+    """The profiles that come with slmops and those that were saved here, by name.
+
+    Raises:
+        UsageError: a saved one cannot be read.
+    """
     text = (Path(__file__).parent / "devices.yaml").read_text(encoding="utf-8")
-    rows = YAML(typ="safe").load(text)
-    return {
-        name: Device(name, row["title"], row["ram_gb"] * 1e9, row["cores"], row["core_gflops"], row["memory_gbytes"])
-        for name, row in rows.items()
-    }
+    found = {name: _device(name, row) for name, row in YAML(typ="safe").load(text).items()}
+    for file in sorted(folder().glob("*.yaml")):
+        try:
+            found.setdefault(file.stem, _device(file.stem, YAML(typ="safe").load(file.read_text(encoding="utf-8"))))
+        except (OSError, YAMLError, KeyError, TypeError) as error:
+            says = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UsageError(
+                f"{file} is no device profile: {says}", "remove it, or save it again: slmops doctor --save NAME"
+            ) from None
+    return found
+
+
+def _device(name: str, row: Mapping[str, Any]) -> Device:
+    return Device(
+        name, str(row["title"]), float(row["ram_gb"]) * 1e9, int(row["cores"]), float(row["core_gflops"]),
+        float(row["memory_gbytes"]), bool(row.get("measured", False)),
+    )  # fmt: skip
+
+
+def folder() -> Path:
+    """Where saved profiles lie: `slmops/devices` in the user's settings (XDG_CONFIG_HOME, or ~/.config), or as SLMOPS_DEVICES says."""
+    own = os.environ.get("SLMOPS_DEVICES")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CONFIG_HOME") or ""
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".config") / "slmops" / "devices"
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that a saved profile cannot have.
+
+    Raises:
+        UsageError: it is taken by a profile of slmops' own, or is no plain name.
+    """
+    own = YAML(typ="safe").load((Path(__file__).parent / "devices.yaml").read_text(encoding="utf-8"))
+    if name == HERE or name in own:
+        raise UsageError(f"{name} is a device of slmops' own", "take another name")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+        raise UsageError(f"{name!r} cannot name a device", "take small letters, digits, dots, dashes and underscores")
+
+
+def save(name: str, facts: Mapping[str, Any]) -> Path:
+    """Keep a profile of this machine, in the place of an older one of that name.
+
+    Args:
+        facts: `title`, `ram_gb`, `cores`, `core_gflops`, `memory_gbytes`, and whatever else is worth knowing.
+    """
+    import io
+
+    from slmops.store.files import write_atomic
+
+    check_name(name)
+    text = io.StringIO()
+    YAML(typ="safe", pure=True).dump({**facts, "measured": True}, text)
+    file = folder() / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, text.getvalue().encode())
+    return file
 
 
 def find(name: str) -> Device | None:
@@ -112,14 +183,16 @@ class Slowdown:
 
 def slowdown(device: Device, here: Speed) -> Slowdown:
     """The worse of the ratios of cores and of memories."""
-    cores, memory = here.gflops / (device.gflops * SHARE), here.gbytes / (device.gbytes * SHARE)
+    cores, memory = here.gflops / (device.gflops * device.share), here.gbytes / (device.gbytes * device.share)
     factor = max(cores, memory)
     by = "cores" if cores >= memory else "memories"
+    there = f"{SHARE:.0%} of {device.gflops:g} GFLOP/s and of {device.gbytes:g} GB/s (as its makers state the peaks)"
+    if device.measured:
+        there = f"{device.gflops:.0f} GFLOP/s and {device.gbytes:.1f} GB/s (measured there)"
     return Slowdown(
         factor,
         f"times on {device.title} are predicted, not measured: {factor:.1f} times those of this machine, the ratio of the {by}. One core "
-        f"here reaches {here.gflops:.0f} GFLOP/s and reads {here.gbytes:.1f} GB/s (measured); there {SHARE:.0%} of "
-        f"{device.gflops:g} GFLOP/s and of {device.gbytes:g} GB/s (as its makers state the peaks)",
+        f"here reaches {here.gflops:.0f} GFLOP/s and reads {here.gbytes:.1f} GB/s (measured); there {there}",
     )
 
 

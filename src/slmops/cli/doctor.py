@@ -14,17 +14,34 @@ from slmops.core.layout import columns
 
 HELP = "show what this machine has, what is missing, and the line that installs it"
 
+EPILOG = """\
+--save takes a second or two. The file that it writes says what one core and the memory reached; copy it to another machine's folder of
+devices (SLMOPS_DEVICES, or slmops/devices among the user's settings) to plan there for this one.
+
+  slmops doctor --save gateway-7
+  slmops catalog --fits gateway-7"""
+
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "bf16", "i8mm")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `doctor` takes."""
+    parser.add_argument(
+        "--save", metavar="NAME",
+        help="also measure one core and the memory, and keep this machine as a device of that name for fit and catalog",
+    )  # fmt: skip
     json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the findings. Exit code 0: doctor reports, it does not judge."""
+    if options.save:
+        from slmops.catalog.devices import check_name
+
+        check_name(options.save)
     found = examine()
+    if options.save:
+        found["device"] = _save(options.save, found["machine"])
     if options.json:
         print_json(found)
         return 0
@@ -53,7 +70,35 @@ def run(options: argparse.Namespace) -> int:
         print(f"install what is missing:\n  {found['install']}")
     else:
         print("everything is here: `slmops init NAME` makes a first project")
+    if options.save:
+        device = found["device"]
+        print(
+            f"\nkept as {options.save}: a core reaches {device['core_gflops']:g} GFLOP/s, the memory {device['memory_gbytes']:g} GB/s\n"
+            f"  {device['file']}\n  slmops catalog --fits {options.save}"
+        )
     return 0
+
+
+def _save(name: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """Measure this machine and keep it as a device; its profile, with the file.
+
+    Raises:
+        MissingExtraError: numpy, which measures, is not installed.
+    """
+    import importlib.util
+
+    from slmops.catalog import devices
+    from slmops.errors import MissingExtraError
+
+    if importlib.util.find_spec("numpy") is None:
+        raise MissingExtraError("numpy", "runtime")
+    speed = devices.measure_here()
+    facts = {
+        "title": f"{name} ({machine['processor']})", "ram_gb": round(machine["memory_bytes"] / 1e9, 3), "cores": machine["cores"],
+        "core_gflops": round(speed.gflops, 1), "memory_gbytes": round(speed.gbytes, 1),
+        "instructions": list(machine["instructions"]), "accelerator": machine["accelerator"], "system": machine["system"],
+    }  # fmt: skip
+    return facts | {"name": name, "file": str(devices.save(name, facts))}
 
 
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
