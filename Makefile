@@ -35,9 +35,9 @@ $(VENV)/.llamacpp: pyproject.toml constraints.txt $(VENV)/.dev
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llamacpp]'
 	@touch $@
 
-# MLX and OpenVINO, which only slow tests need: 70 MB to fetch, 230 MB on the disk.
+# MLX, OpenVINO and LiteRT, which only slow tests need: 90 MB to fetch, 290 MB on the disk.
 $(VENV)/.formats: pyproject.toml constraints.txt $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx,openvino]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx,openvino,litert]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev

@@ -124,6 +124,8 @@ def test_the_guide_to_smaller_models_plans(tmp_path: Path) -> None:
         assert step.inputs["model"] == "student-rounded" and step.params["rounding"] == "search"
         assert step.params["embedding_precision"] == "int8" and step.params["block_size"] == 32
         assert steps[f"predict-student-{form}"].params["runtime"] == form.partition("-")[0]
+    step = steps["student-litert-int4"]
+    assert step.inputs["model"] == "student-rounded" and step.params["embedding_precision"] == "int8"
     assert "model.student-mlx-int4" in steps["measure"].inputs
     assert "model.student-safetensors-bf16" not in steps["measure"].inputs
     assert steps["student-int4"].params["embedding_precision"] == "int8"

@@ -517,11 +517,16 @@ def test_a_student_ships_in_a_file_of_the_size_that_was_asked_for(finished: Fini
         assert size is not None and 0.3 * half < size <= asked * 1e6
 
 
-OTHER_FORMS = ["mlx-int4", "openvino-int4", "safetensors-bf16"]
+OTHER_FORMS = ["mlx-int4", "openvino-int4", "litert-int4", "safetensors-bf16"]
 
 
 def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) -> None:
-    for name, extra in (("llama_cpp", "llamacpp"), ("mlx_lm", "mlx"), ("openvino", "openvino")):
+    for name, extra in (
+        ("llama_cpp", "llamacpp"),
+        ("mlx_lm", "mlx"),
+        ("openvino", "openvino"),
+        ("ai_edge_litert", "litert"),
+    ):
         pytest.importorskip(name, reason=f"needs the extra [{extra}]")
     convert = {"precision": "int4", "fidelity_prompts": 8, "also": ["gguf-fp16", "gguf-q4_0", *OTHER_FORMS]}
     ran, report = go(variant(finished.folder, "forms", convert=convert))
@@ -538,6 +543,7 @@ def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) ->
     runtimes = {
         "mlx-int4": ("mlx", "MLX, int4"),
         "openvino-int4": ("openvino", "OpenVINO, int4"),
+        "litert-int4": ("litert", "LiteRT, int4"),
         "safetensors-bf16": ("torch", "PyTorch, bf16"),
     }
     for form, (runtime, about) in runtimes.items():
@@ -545,7 +551,7 @@ def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) ->
         assert found.runtime == runtime and found.about.endswith(about)
         assert found.fidelity is not None and found.fidelity["template_equal"] == 1.0
         assert (found.memory is None) == (found.latency is None) == (form == "safetensors-bf16")  # no server runs here
-        if form != "openvino-int4":  # whose graph is text, longer than the weights of so small a model
+        if form not in ("openvino-int4", "litert-int4"):  # whose graphs are longer than the weights of so small a model
             assert found.file_bytes is not None and found.file_bytes < forms["student-fp32"].file_bytes  # type: ignore[operator]
         assert found.scores["accuracy"].value == pytest.approx(forms["student-int4"].scores["accuracy"].value, abs=0.15)
         assert (finished.folder / "outputs" / "forms" / form / "config.json").is_file()

@@ -14,7 +14,7 @@ from slmops.errors import UsageError
 HELP = "measure how fast models run here and what they hold, across formats and runtimes"
 
 EPILOG = """\
-A MODEL is a folder in the form of Hugging Face, ONNX Runtime GenAI, GGUF, MLX or OpenVINO, or NAME=FOLDER. Models run in turns,
+A MODEL is a folder in the form of Hugging Face, ONNX Runtime GenAI, GGUF, MLX, OpenVINO or LiteRT, or NAME=FOLDER. Models run in turns,
 each in a fresh process per round, one answer at a time; numbers are medians, with the least and greatest round in JSON. With
 --batch, several prompts of one length are answered at once: the first token's time is that of all of them, new tokens and answers per
 second are of all together, speed-up is that of new tokens over batch 1.

@@ -118,8 +118,9 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "llamacpp": ("GGUF in fewer bits, running GGUF; compiled here", ("llama-cpp-python", "gguf")),
     "mlx": ("writing and running MLX", ("mlx", "mlx-lm")),
     "openvino": ("writing and running OpenVINO", ("openvino",)),
+    "litert": ("writing and running LiteRT", ("ai-edge-litert",)),
 }
-FEW = ("ray", "llamacpp", "mlx", "openvino")
+FEW = ("ray", "llamacpp", "mlx", "openvino", "litert")
 """Large extras that only some users want: they are missed only by those."""
 
 

@@ -18,8 +18,9 @@ Gguf = Literal[
 ]  # fmt: skip
 Mlx = Literal["mlx-fp32", "mlx-fp16", "mlx-bf16", "mlx-int8", "mlx-int4"]
 OpenVino = Literal["openvino-fp32", "openvino-fp16", "openvino-int8", "openvino-int4"]
+LiteRt = Literal["litert-fp32", "litert-int8", "litert-int4"]
 Safetensors = Literal["safetensors-bf16", "safetensors-fp16"]
-Form = Literal[Gguf, Mlx, OpenVino, Safetensors]
+Form = Literal[Gguf, Mlx, OpenVino, LiteRt, Safetensors]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Format:
 
     name: str
     title: str
-    reported: Literal["torch", "llama.cpp", "mlx", "openvino"]
+    reported: Literal["torch", "llama.cpp", "mlx", "openvino", "litert"]
     method: str
     runtime: Named
     extra: str
@@ -60,6 +61,7 @@ FORMATS: Mapping[str, Format] = {
     "openvino": Format(
         "OpenVINO", "OpenVINO", "openvino", "convert.openvino", "openvino", "openvino", ("openvino", "tokenizers"), runtimes.openvino
     ),
+    "litert": Format("LiteRT", "LiteRT", "litert", "convert.litert", "litert", "litert", ("ai-edge-litert", "tokenizers"), runtimes.litert),
     "safetensors": Format(
         "safetensors", "PyTorch", "torch", "convert.safetensors", "torch", "train", (), runtimes.safetensors, measured=False
     ),

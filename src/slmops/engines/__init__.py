@@ -22,6 +22,7 @@ NO_KV_CACHE = {
     "torch": "slmops runs torch for reference, with keys and values in full precision",
     "mlx": "slmops runs MLX with keys and values in the model's precision",
     "openvino": "slmops runs OpenVINO with keys and values as it holds them by default",
+    "litert": "keys and values of a model for LiteRT are float32, as its graph has them",
 }
 
 AT_ONCE: dict[str, int | None] = {"torch": None, "onnx_genai": 32, "llama_cpp": 256, "mlx": None, "openvino": None}
@@ -42,6 +43,8 @@ def detect(folder: Path) -> Named:
         return "llama_cpp"
     if (folder / "openvino_model.xml").is_file():
         return "openvino"
+    if (folder / "model.tflite").is_file():
+        return "litert"
     if (folder / "config.json").is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files and find_gguf(folder):
@@ -51,11 +54,11 @@ def detect(folder: Path) -> Named:
         return "mlx" if _written_for(files[0]) == "mlx" else "torch"
     if find_gguf(folder):
         return "llama_cpp"
-    names = ("genai_config.json", "model.gguf", "openvino_model.xml")
+    names = ("genai_config.json", "model.gguf", "openvino_model.xml", "model.tflite")
     inner = sorted(path.parent for name in names for path in folder.glob(f"*/{name}"))
     hint = "point to a Hugging Face model folder or to one that `slmops` converted"
     raise ModelError(
-        f"{folder} is not a model: it has neither genai_config.json nor model.gguf nor openvino_model.xml nor config.json",
+        f"{folder} is not a model: it has neither {' nor '.join(names)} nor config.json",
         f"did you mean {inner[0]}?" if inner else hint,
     )
 
@@ -124,6 +127,10 @@ def open_engine(
         from slmops.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(folder, threads=threads)
+    if found == "litert":
+        from slmops.engines.litert import LiteRtEngine
+
+        return LiteRtEngine(folder, threads=threads)
     from slmops.engines.onnx_genai import GenaiEngine
 
     return GenaiEngine(folder, threads=threads, adapter=adapter)

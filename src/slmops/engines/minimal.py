@@ -28,7 +28,7 @@ PROMPT = [{"role": "user", "content": "hello"}]
 
 
 def write_minimal(folder: Path, runtime: Named) -> None:
-    """Write a minimal model for a runtime into an empty folder. Needs torch and transformers, or onnx, gguf, mlx-lm, openvino."""
+    """Write a minimal model for a runtime into an empty folder. Needs torch and transformers, or the runtime's own."""
     if runtime != "llama_cpp":  # whose file holds the tokenizer
         _write_tokenizer(folder)
     WRITERS[runtime](folder)
@@ -277,6 +277,14 @@ def _write_openvino(folder: Path) -> None:
     _dump(folder / "config.json", {"max_position_embeddings": CONTEXT, "eos_token_id": END})
 
 
+def _write_litert(folder: Path) -> None:
+    from slmops.engines import minimal_litert
+
+    minimal_litert.write(folder / "model.tflite", HIDDEN, HEADS, CONTEXT, VOCABULARY)
+    _dump(folder / "config.json", {"max_position_embeddings": CONTEXT, "eos_token_id": END})
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "torch": _write_torch, "onnx_genai": _write_onnx, "llama_cpp": _write_gguf, "mlx": _write_mlx, "openvino": _write_openvino,
+    "litert": _write_litert,
 }  # fmt: skip

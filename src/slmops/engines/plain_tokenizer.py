@@ -46,10 +46,8 @@ class PlainTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = read_json(folder / "tokenizer_config.json")
-        place = folder / "chat_template.jinja"
-        text = place.read_text(encoding="utf-8") if place.is_file() else settings.get("chat_template")
         self._folder = folder
-        self._template = compile_template(text if isinstance(text, str) else "", folder)
+        self._template = compile_template(chat_template(folder), folder)
         marks = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         self.marks = {name: _content(value) for name, value in marks.items() if value is not None}
 
@@ -81,6 +79,14 @@ class PlainTokenizer:
         """The id of a token."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
+
+
+def chat_template(folder: Path) -> str:
+    """The chat template of a folder, in Jinja; "" if it has none."""
+    place = folder / "chat_template.jinja"
+    settings = read_json(folder / "tokenizer_config.json")
+    text = place.read_text(encoding="utf-8") if place.is_file() else settings.get("chat_template")
+    return text if isinstance(text, str) else ""
 
 
 def end_ids(folder: Path, config: dict[str, Any], fallback: int | None) -> frozenset[int]:

@@ -28,6 +28,7 @@ LIBRARIES = {
     "llama_cpp": ("numpy", "llama_cpp"),
     "mlx": ("numpy", "tokenizers", "mlx.core", "mlx_lm.utils"),
     "openvino": ("numpy", "tokenizers", "openvino"),
+    "litert": ("numpy", "tokenizers", "ai_edge_litert.compiled_model"),
 }
 
 

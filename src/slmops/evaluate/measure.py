@@ -47,6 +47,7 @@ PACKAGES = (
     "llama-cpp-python",
     "mlx",
     "openvino",
+    "ai-edge-litert",
     "torch",
     "transformers",
     "tokenizers",

@@ -232,3 +232,7 @@ def _conversion(spec: Spec) -> Wrong:
         refusal = runtimes.mlx_groups((model.hidden, ffn_width(model)) if model else (0,), convert.block_size)
         if refusal:
             yield "convert.block_size", f"does not suit {rounded}: {refusal.message}", refusal.hint
+    if "litert-int4" in convert.also and convert.block_size not in runtimes.LITERT_GROUPS:
+        these = ", ".join(map(str, runtimes.LITERT_GROUPS))
+        said = f"does not suit litert-int4: LiteRT does not round in groups of {convert.block_size} weights"
+        yield "convert.block_size", said, f"these can: {these}"

@@ -485,6 +485,11 @@ class _Builder:
             params["rounding"] = convert.rounding or ("plain" if aware else "search")
             if kind == "int4" and convert.embedding_precision == "int8":
                 params["embedding_precision"] = "int8"
+        elif name == "litert" and kind == "int4":
+            kept = rounded
+            params["block_size"] = convert.block_size
+            if convert.embedding_precision == "int8":
+                params["embedding_precision"] = "int8"
         inputs = {"model": ROUNDED if kept else finished(self.spec), "data": "data"} | extra
         about = f"student to {format.name}, {kind}"
         return self.add(f"student-{form}", format.method, params, about, inputs, threads=1, seed=0)
