@@ -35,9 +35,9 @@ $(VENV)/.llamacpp: pyproject.toml constraints.txt $(VENV)/.dev
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llamacpp]'
 	@touch $@
 
-# MLX, OpenVINO and LiteRT, which only slow tests need: 90 MB to fetch, 290 MB on the disk.
+# MLX, OpenVINO, LiteRT and ExecuTorch, which only slow tests need: 140 MB to fetch, 580 MB on the disk.
 $(VENV)/.formats: pyproject.toml constraints.txt $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx,openvino,litert]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx,openvino,litert,executorch]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev

@@ -20,7 +20,7 @@ from slmops.errors import ModelError
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama_cpp", "mlx", "openvino", "litert")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama_cpp", "mlx", "openvino", "litert", "executorch")]
 
 
 @pytest.fixture(scope="module", params=["torch", "onnx_genai", *SLOW])

@@ -517,7 +517,7 @@ def test_a_student_ships_in_a_file_of_the_size_that_was_asked_for(finished: Fini
         assert size is not None and 0.3 * half < size <= asked * 1e6
 
 
-OTHER_FORMS = ["mlx-int4", "openvino-int4", "litert-int4", "safetensors-bf16"]
+OTHER_FORMS = ["mlx-int4", "openvino-int4", "litert-int4", "executorch-int4", "safetensors-bf16"]
 
 
 def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) -> None:
@@ -526,6 +526,7 @@ def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) ->
         ("mlx_lm", "mlx"),
         ("openvino", "openvino"),
         ("ai_edge_litert", "litert"),
+        ("executorch", "executorch"),
     ):
         pytest.importorskip(name, reason=f"needs the extra [{extra}]")
     convert = {"precision": "int4", "fidelity_prompts": 8, "also": ["gguf-fp16", "gguf-q4_0", *OTHER_FORMS]}
@@ -544,6 +545,7 @@ def test_other_forms_are_judged_beside_the_one_that_ships(finished: Finished) ->
         "mlx-int4": ("mlx", "MLX, int4"),
         "openvino-int4": ("openvino", "OpenVINO, int4"),
         "litert-int4": ("litert", "LiteRT, int4"),
+        "executorch-int4": ("executorch", "ExecuTorch, int4"),
         "safetensors-bf16": ("torch", "PyTorch, bf16"),
     }
     for form, (runtime, about) in runtimes.items():

@@ -32,7 +32,7 @@ def steps(tmp_path: Path, *overrides: str) -> dict[str, Step]:
 
 def test_every_form_has_methods_that_take_its_parameters(tmp_path: Path) -> None:
     every = get_args(forms.Form)
-    assert len(every) == len(set(every)) == 28
+    assert len(every) == len(set(every)) == 31
     every = tuple(form for form in every if not form.startswith("gguf-tq"))  # for ternary students: test_project
     found = steps(tmp_path, f"convert.also=[{','.join(every)}]")
     for form in every:
@@ -82,6 +82,7 @@ def test_a_base_that_a_runtime_cannot_take_is_refused_when_it_comes(tmp_path: Pa
 @pytest.mark.parametrize(("overrides", "says"), [
     (("convert.block_size=16", "convert.also=[openvino-int4,mlx-int4]"), "convert.block_size: does not suit mlx-int4"),
     (("convert.block_size=16", "convert.also=[litert-int4]"), "convert.block_size: does not suit litert-int4"),
+    (("convert.block_size=16", "convert.also=[executorch-int4]"), "convert.block_size: does not suit executorch-int4"),
     (("convert.also=[mlx-int3]",), "mlx-int4"),
     (("convert.also=[gguf-fp16,mlx-int4]", "adapters={topic: {data: {path: other.csv}}}", "train.tuning=lora"), "mlx-int4"),
 ])  # fmt: skip
@@ -93,7 +94,19 @@ def test_refused_before_work(overrides: tuple[str, ...], says: str, tmp_path: Pa
 
 
 def test_blocks_of_16_are_no_matter_to_other_forms(tmp_path: Path) -> None:
-    found = steps(tmp_path, "convert.block_size=16", "convert.also=[openvino-int4,mlx-fp16,litert-int8]")
+    found = steps(
+        tmp_path, "convert.block_size=16", "convert.also=[openvino-int4,mlx-fp16,litert-int8,executorch-int8]"
+    )
     assert found["student-openvino-int4"].params["block_size"] == 16
     assert "block_size" not in found["student-mlx-fp16"].params
     assert "block_size" not in found["student-litert-int8"].params
+    assert "block_size" not in found["student-executorch-int8"].params
+
+
+def test_executorch_rounds_what_no_step_before_it_has_rounded(tmp_path: Path) -> None:
+    """Its grid has other scales than that of `compress.gptq`, so weights on that one would be rounded twice."""
+    found = steps(tmp_path, "compress.quantization=gptq", "convert.also=[executorch-int4,openvino-int4]")
+    assert found["student-openvino-int4"].inputs["model"] == "student-rounded"
+    assert (
+        found["student-executorch-int4"].inputs["model"] == found["student-fp32"].inputs["model"] != "student-rounded"
+    )

@@ -119,8 +119,9 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlx": ("writing and running MLX", ("mlx", "mlx-lm")),
     "openvino": ("writing and running OpenVINO", ("openvino",)),
     "litert": ("writing and running LiteRT", ("ai-edge-litert",)),
+    "executorch": ("writing and running ExecuTorch", ("executorch", "torchao")),
 }
-FEW = ("ray", "llamacpp", "mlx", "openvino", "litert")
+FEW = ("ray", "llamacpp", "mlx", "openvino", "litert", "executorch")
 """Large extras that only some users want: they are missed only by those."""
 
 

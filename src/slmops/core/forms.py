@@ -19,8 +19,9 @@ Gguf = Literal[
 Mlx = Literal["mlx-fp32", "mlx-fp16", "mlx-bf16", "mlx-int8", "mlx-int4"]
 OpenVino = Literal["openvino-fp32", "openvino-fp16", "openvino-int8", "openvino-int4"]
 LiteRt = Literal["litert-fp32", "litert-int8", "litert-int4"]
+Executorch = Literal["executorch-fp32", "executorch-int8", "executorch-int4"]
 Safetensors = Literal["safetensors-bf16", "safetensors-fp16"]
-Form = Literal[Gguf, Mlx, OpenVino, LiteRt, Safetensors]
+Form = Literal[Gguf, Mlx, OpenVino, LiteRt, Executorch, Safetensors]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Format:
 
     name: str
     title: str
-    reported: Literal["torch", "llama.cpp", "mlx", "openvino", "litert"]
+    reported: Literal["torch", "llama.cpp", "mlx", "openvino", "litert", "executorch"]
     method: str
     runtime: Named
     extra: str
@@ -62,6 +63,10 @@ FORMATS: Mapping[str, Format] = {
         "OpenVINO", "OpenVINO", "openvino", "convert.openvino", "openvino", "openvino", ("openvino", "tokenizers"), runtimes.openvino
     ),
     "litert": Format("LiteRT", "LiteRT", "litert", "convert.litert", "litert", "litert", ("ai-edge-litert", "tokenizers"), runtimes.litert),
+    "executorch": Format(
+        "ExecuTorch", "ExecuTorch", "executorch", "convert.executorch", "executorch", "executorch",
+        ("executorch", "torch", "tokenizers"), runtimes.executorch,
+    ),
     "safetensors": Format(
         "safetensors", "PyTorch", "torch", "convert.safetensors", "torch", "train", (), runtimes.safetensors, measured=False
     ),

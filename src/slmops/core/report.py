@@ -96,9 +96,9 @@ class Variant(Value):
 
     name: str = Field(description="such as `teacher-fp32`, `student-int4`, `few-int4`")
     role: Literal["teacher", "student", "baseline"] = Field(description="`baseline`: the student without the teacher")
-    runtime: Literal["torch", "onnxruntime-genai", "llama.cpp", "mlx", "openvino", "litert", "endpoint"] = Field(
-        description="what ran it"
-    )
+    runtime: Literal[
+        "torch", "onnxruntime-genai", "llama.cpp", "mlx", "openvino", "litert", "executorch", "endpoint"
+    ] = Field(description="what ran it")
     about: str = Field(description="the same in words")
     scores: dict[str, Score] = Field(description="metric to score")
     fields: tuple[FieldScore, ...] = Field((), description="per field, worst first; extraction only")

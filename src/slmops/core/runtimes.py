@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-Named = Literal["torch", "onnx_genai", "llama_cpp", "mlx", "openvino", "litert"]
+Named = Literal["torch", "onnx_genai", "llama_cpp", "mlx", "openvino", "litert", "executorch"]
 """The runtimes that models run in here."""
 ARCHITECTURES = (
     "Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
@@ -16,6 +16,8 @@ TERNARY_GROUP = 256
 """Weights of a row that share a scale in llama.cpp's ternary types, which rows of another length do not fit into."""
 LLAMA_CPP = {"gemma3_text": "GEMMA3", "llama": "LLAMA", "phi3": "PHI3", "qwen3": "QWEN3"}
 """model_type of Hugging Face to llama.cpp's architecture, for those that slmops writes as GGUF."""
+EXECUTORCH_GROUPS = (32, 64, 128)
+"""Weights that can share a scale in XNNPACK, of the sizes that `convert.block_size` has."""
 LITERT_GROUPS = (32, 64, 128)
 """Weights that can share a scale in LiteRT, of the sizes that `convert.block_size` has."""
 MLX_GROUPS = (32, 64, 128)
@@ -205,6 +207,11 @@ def openvino(config: Mapping[str, Any]) -> Refusal | None:
 def litert(config: Mapping[str, Any]) -> Refusal | None:
     """Whether a model with this config.json can be written as a graph for LiteRT that computes the same."""
     return _decoder(config, "for LiteRT", "the graph for LiteRT")
+
+
+def executorch(config: Mapping[str, Any]) -> Refusal | None:
+    """Whether a model with this config.json can be written as a program for ExecuTorch that computes the same."""
+    return _decoder(config, "for ExecuTorch", "the program for ExecuTorch")
 
 
 def safetensors(config: Mapping[str, Any]) -> Refusal | None:

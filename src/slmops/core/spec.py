@@ -496,7 +496,7 @@ class Convert(Value):
     also: tuple[Form, ...] = Field(
         (),
         description="forms of the student that are made, judged and put into outputs/NAME/ beside the one that ships; each format needs "
-        "the extra of its runtime: [llamacpp], [mlx], [openvino], [litert]",
+        "the extra of its runtime: [llamacpp], [mlx], [openvino], [litert], [executorch]",
     )
     olive: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], str] = Field(
         default_factory=dict,

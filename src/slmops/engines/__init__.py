@@ -23,6 +23,7 @@ NO_KV_CACHE = {
     "mlx": "slmops runs MLX with keys and values in the model's precision",
     "openvino": "slmops runs OpenVINO with keys and values as it holds them by default",
     "litert": "keys and values of a model for LiteRT are float32, as its graph has them",
+    "executorch": "keys and values of a program for ExecuTorch are float32, as it was written",
 }
 
 AT_ONCE: dict[str, int | None] = {"torch": None, "onnx_genai": 32, "llama_cpp": 256, "mlx": None, "openvino": None}
@@ -45,6 +46,8 @@ def detect(folder: Path) -> Named:
         return "openvino"
     if (folder / "model.tflite").is_file():
         return "litert"
+    if (folder / "model.pte").is_file():
+        return "executorch"
     if (folder / "config.json").is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files and find_gguf(folder):
@@ -54,7 +57,7 @@ def detect(folder: Path) -> Named:
         return "mlx" if _written_for(files[0]) == "mlx" else "torch"
     if find_gguf(folder):
         return "llama_cpp"
-    names = ("genai_config.json", "model.gguf", "openvino_model.xml", "model.tflite")
+    names = ("genai_config.json", "model.gguf", "openvino_model.xml", "model.tflite", "model.pte")
     inner = sorted(path.parent for name in names for path in folder.glob(f"*/{name}"))
     hint = "point to a Hugging Face model folder or to one that `slmops` converted"
     raise ModelError(
@@ -88,8 +91,8 @@ def open_engine(
     """Load a model.
 
     Args:
-        folder: a model folder in the form of Hugging Face, ONNX Runtime GenAI, MLX or OpenVINO, with its tokenizer and chat
-            template, or one with a GGUF file, which holds both.
+        folder: a model folder in the form of Hugging Face, ONNX Runtime GenAI, MLX, OpenVINO, LiteRT or ExecuTorch, with its tokenizer
+            and chat template, or one with a GGUF file, which holds both.
         threads: CPU threads, at least 1.
         kind: the runtime; `auto` takes the one that the folder is for.
         adapter: answer with this one of the folder's adapters (`convert.onnx_adapters`, `convert.gguf_lora`).
@@ -131,6 +134,10 @@ def open_engine(
         from slmops.engines.litert import LiteRtEngine
 
         return LiteRtEngine(folder, threads=threads)
+    if found == "executorch":
+        from slmops.engines.executorch import ExecutorchEngine
+
+        return ExecutorchEngine(folder, threads=threads)
     from slmops.engines.onnx_genai import GenaiEngine
 
     return GenaiEngine(folder, threads=threads, adapter=adapter)

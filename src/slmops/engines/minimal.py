@@ -281,10 +281,55 @@ def _write_litert(folder: Path) -> None:
     from slmops.engines import minimal_litert
 
     minimal_litert.write(folder / "model.tflite", HIDDEN, HEADS, CONTEXT, VOCABULARY)
+
+
+def _write_executorch(folder: Path) -> None:
+    import torch
+    from torch.nn import functional
+
+    from slmops.engines import executorch_export
+
+    numbers = torch.Generator().manual_seed(0)
+    check: Any = torch._check
+
+    class Minimal(torch.nn.Module):
+        table: Any
+        query: Any
+        key: Any
+        value: Any
+        keys: Any
+        values: Any
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name, rows in (("table", VOCABULARY), ("query", HIDDEN), ("key", HIDDEN), ("value", HIDDEN)):
+                self.register_buffer(name, 0.1 * torch.randn(rows, HIDDEN, generator=numbers))
+            for name in ("keys", "values"):
+                self.register_buffer(name, torch.zeros(1, CONTEXT, HEADS, HIDDEN // HEADS))
+
+        def forward(self, tokens: Any, start: Any) -> Any:
+            first = start[0].item()
+            check(first >= 0)
+            check(first + tokens.shape[1] <= CONTEXT)
+            x = functional.embedding(tokens, self.table)
+            weights = (self.query, self.key, self.value)
+            q, k, v = (functional.linear(x, w).view(1, -1, HEADS, HIDDEN // HEADS) for w in weights)
+            torch.ops.llama.update_cache(k, self.keys, first)
+            torch.ops.llama.update_cache(v, self.values, first)
+            mixed = torch.ops.llama.custom_sdpa(q, self.keys, self.values, first, None, 0.0, True)
+            return functional.linear((x + mixed.view(1, -1, HIDDEN))[:, -1:], self.table)[:, 0]
+
+    with executorch_export.quiet(), torch.no_grad():
+        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
+        program = executorch_export.lowered(Minimal().eval(), CONTEXT, {"get_max_context_len": CONTEXT})
+    with (folder / "model.pte").open("wb") as file:
+        program.write_to_file(file)
     _dump(folder / "config.json", {"max_position_embeddings": CONTEXT, "eos_token_id": END})
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "torch": _write_torch, "onnx_genai": _write_onnx, "llama_cpp": _write_gguf, "mlx": _write_mlx, "openvino": _write_openvino,
     "litert": _write_litert,
+    "executorch": _write_executorch,
 }  # fmt: skip

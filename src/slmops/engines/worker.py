@@ -29,6 +29,7 @@ LIBRARIES = {
     "mlx": ("numpy", "tokenizers", "mlx.core", "mlx_lm.utils"),
     "openvino": ("numpy", "tokenizers", "openvino"),
     "litert": ("numpy", "tokenizers", "ai_edge_litert.compiled_model"),
+    "executorch": ("numpy", "tokenizers", "torch", "executorch.extension.pybindings._C"),
 }
 
 

@@ -17,7 +17,16 @@ from slmops.core.report import Hop
 from slmops.errors import DataError
 
 NOT_SHIPPED = ("fidelity.json", "training.json")
-MODEL_FILES = (".onnx", ".onnx.data", ".gguf", ".safetensors", "openvino_model.xml", "openvino_model.bin", ".tflite")
+MODEL_FILES = (
+    ".onnx",
+    ".onnx.data",
+    ".gguf",
+    ".safetensors",
+    "openvino_model.xml",
+    "openvino_model.bin",
+    ".tflite",
+    ".pte",
+)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ PACKAGES = (
     "mlx",
     "openvino",
     "ai-edge-litert",
+    "executorch",
     "torch",
     "transformers",
     "tokenizers",

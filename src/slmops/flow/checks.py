@@ -236,3 +236,7 @@ def _conversion(spec: Spec) -> Wrong:
         these = ", ".join(map(str, runtimes.LITERT_GROUPS))
         said = f"does not suit litert-int4: LiteRT does not round in groups of {convert.block_size} weights"
         yield "convert.block_size", said, f"these can: {these}"
+    if "executorch-int4" in convert.also and convert.block_size not in runtimes.EXECUTORCH_GROUPS:
+        these = ", ".join(map(str, runtimes.EXECUTORCH_GROUPS))
+        said = f"does not suit executorch-int4: XNNPACK does not round in groups of {convert.block_size} weights"
+        yield "convert.block_size", said, f"these can: {these}"

@@ -30,6 +30,7 @@ FIXED_SECONDS = {
     "compress.sparsegpt": 10.0, "compress.wanda": 10.0, "convert.gguf": 6.0,
     "convert.mlx": 6.0, "convert.openvino": 6.0,
     "convert.litert": 40.0,
+    "convert.executorch": 60.0,
     "convert.safetensors": 5.0,
     "compress.awq": 10.0, "compress.autoround": 120.0, "compress.sensitivity": 30.0,
     "convert.onnx_adapters": 12.0, "evaluate.fidelity": 15.0, "evaluate.adapters": 3.0,

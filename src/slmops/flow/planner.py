@@ -485,8 +485,8 @@ class _Builder:
             params["rounding"] = convert.rounding or ("plain" if aware else "search")
             if kind == "int4" and convert.embedding_precision == "int8":
                 params["embedding_precision"] = "int8"
-        elif name == "litert" and kind == "int4":
-            kept = rounded
+        elif name in ("litert", "executorch") and kind == "int4":
+            kept = rounded and name == "litert"
             params["block_size"] = convert.block_size
             if convert.embedding_precision == "int8":
                 params["embedding_precision"] = "int8"
