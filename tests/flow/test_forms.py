@@ -103,10 +103,10 @@ def test_blocks_of_16_are_no_matter_to_other_forms(tmp_path: Path) -> None:
     assert "block_size" not in found["student-executorch-int8"].params
 
 
-def test_executorch_rounds_what_no_step_before_it_has_rounded(tmp_path: Path) -> None:
-    """Its grid has other scales than that of `compress.gptq`, so weights on that one would be rounded twice."""
-    found = steps(tmp_path, "compress.quantization=gptq", "convert.also=[executorch-int4,openvino-int4]")
-    assert found["student-openvino-int4"].inputs["model"] == "student-rounded"
+def test_executorch_takes_what_is_rounded_already(tmp_path: Path) -> None:
+    """Its grid is not that of `compress.gptq`, but most codes stay; int8 and fp32 are of the weights before."""
+    found = steps(tmp_path, "compress.quantization=gptq", "convert.also=[executorch-int4,executorch-int8]")
+    assert found["student-executorch-int4"].inputs["model"] == "student-rounded"
     assert (
-        found["student-executorch-int4"].inputs["model"] == found["student-fp32"].inputs["model"] != "student-rounded"
+        found["student-executorch-int8"].inputs["model"] == found["student-fp32"].inputs["model"] != "student-rounded"
     )

@@ -2,8 +2,9 @@
 
 Architectures: llama, qwen3, phi3, gemma3_text. The decoder is written in operations of torch (`executorch_graph`), exported, and given to
 XNNPACK, the runtime's code for processors, as far as it has the operations. Weights are fp32; or matrices are int8 with one scale a row, or
-int4 with one for each `block_size` (a matrix whose rows are no multiple of that is int8). XNNPACK wants scales above zero, in bfloat16 for
-int4: that is another grid than that of ONNX (`rounding`), so weights that `compress.gptq` has rounded would be rounded again.
+int4 with one for each `block_size` (a matrix whose rows are no multiple of that is int8). XNNPACK wants scales above zero, in bfloat16
+for int4: another grid than that of ONNX (`rounding`). Weights that `compress.gptq` has put on that one are rounded once more, and change
+little: most where a group's scale was negative, whose largest weight has no code here.
 
 The file is what the runtime's own runner for text takes: `forward(tokens, start)`, and beside it methods that say how long the context is,
 which tokens end an answer and so on. It holds keys and values for `context` tokens at most. A tied table of tokens is in the file twice, as

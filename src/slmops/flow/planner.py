@@ -486,7 +486,7 @@ class _Builder:
             if kind == "int4" and convert.embedding_precision == "int8":
                 params["embedding_precision"] = "int8"
         elif name in ("litert", "executorch") and kind == "int4":
-            kept = rounded and name == "litert"
+            kept = rounded
             params["block_size"] = convert.block_size
             if convert.embedding_precision == "int8":
                 params["embedding_precision"] = "int8"
