@@ -15,23 +15,30 @@ from benchmarks import compression
 ROOT = Path(__file__).parents[1]
 
 
-def way(same: str, work: list[float], right: list[int]) -> dict[str, Any]:
+def way(same: str, work: list[float], right: list[int], wide: bool = False) -> dict[str, Any]:
     runs = [{"work_s": w, "command_s": w + 1, "cpu_s": w, "peak_bytes": 1e8} for w in work]
     middle = {"work_s": work[1], "command_s": work[1] + 1, "cpu_s": work[1], "peak_bytes": 1e8}
-    return {"same": same, "runs": runs, "bytes": 2e6, "mean_kl": 0.5, "token_agreement": 0.9, "right": right} | middle
+    told = {"bytes": 2e6, "mean_kl": 0.5, "token_agreement": 0.9, "right": right}
+    return {"same": same, "wide": wide, "runs": runs} | told | middle
 
 
 def test_rows_of_the_same_bits_are_compared_and_no_others() -> None:
     ways = {
         "slmops, each weight alone": way("int4", [1, 2, 4], [1, 1, 1, 0]),
+        "slmops, each weight alone, embedding in 8 bits": way("int4", [2, 2, 2], [1, 0, 0, 0], wide=True),
         "Olive, Rtn": way("int4", [4, 4, 4], [1, 0, 0, 0]),
         "Olive, else": way("int4, fp32 embedding", [9, 9, 9], [0, 0, 0, 0]),
     }
     about = {"cpu": "x", "threads": 1, "load_before": 0.5}
     text = compression.table({"machine": about, "rounds": 3, "models": {"m": ways}})
-    ours, same, other = text.splitlines()[4:7]
-    assert "×" not in ours and "×" not in other
-    assert "4.0 (×0.50, 0.25–1.00)" in same and "+50.0 (" in same and "75.0 % (" in ours
+    ours, wide, same, other = text.splitlines()[4:8]
+    assert not any("×" in line for line in (ours, wide, other))
+    assert (
+        "4.0 (×0.50, 0.25–1.00)" in same
+        and "+50.0 (" in same.split(" | ")[-2]
+        and "+0.0 (" in same.split(" | ")[-1]
+        and "75.0 % (" in ours
+    )
 
 
 def test_an_interrupted_or_failed_worker_is_said(tmp_path: Path) -> None:
