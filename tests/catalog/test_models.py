@@ -186,6 +186,8 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path) -> None:
             {"phi-4": {key: value for key, value in row.items() if key != "hub"} | {"licens": 1}}
         ): "no hub, unknown licens",
         json.dumps({"phi-4": row | {"config": {"model_type": "rwkv"}}}): "'rwkv' is not known",
+        json.dumps({"phi-4": row | {"languages": 5}}): "phi-4: TypeError",
+        json.dumps({"phi-4": row | {"config": {"model_type": "phi3"}}}): "phi-4: KeyError",
     }
     for text, says in cases.items():
         file = tmp_path / "models.json"

@@ -67,7 +67,20 @@ def test_what_cannot_be_asked_is_refused(slmops: Slmops) -> None:
     slmops("catalog", "--context", "5").refused(2, "--context goes with --fits")
     slmops("catalog", "--write").refused(2, "--write goes with --refresh")
     slmops("catalog", "phi-4", "--class", "micro").refused(2, "no model is all of that")
+    slmops("catalog", "smollm2", "--class", "medium").refused(2, "no model is all of that")
     slmops("catalog", "--file", "nowhere.json").refused(2, "nowhere.json")
+
+
+def test_a_model_is_found_by_its_name_elsewhere(slmops: Slmops) -> None:
+    assert "Qwen/Qwen3-0.6B" in slmops("catalog", "qwen3:0.6b").out
+
+
+def test_a_profile_that_is_none_is_named(slmops: Slmops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLMOPS_DEVICES", str(tmp_path))
+    for text in ("title: x\nram_gb: lots\ncores: 1\ncore_gflops: 1\nmemory_gbytes: 1\n", "5", "[1]"):
+        (tmp_path / "odd.yaml").write_text(text)
+        slmops("catalog", "--fits", "pi5-8gb").refused(2, "odd.yaml is no device profile")
+    slmops("doctor", "--save", "").refused(2, "")
 
 
 def test_a_machine_that_was_measured_is_a_device(

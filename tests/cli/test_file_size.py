@@ -45,4 +45,6 @@ def test_a_base_that_is_made_narrower_first_is_left_to_the_step(project: Path, s
     sized = ["--set", "convert={precision: int4, file_mb: 1.0}"]
     assert slmops("plan", *sized, folder=project).code == 2
     assert slmops("plan", *sized, "--set", "compress={prune: {layers: 4}}", folder=project).code == 0
+    recovered = "compress={prune: {ffn: 0.5, recover: {epochs: 1}}}"
+    assert slmops("plan", *sized, "--set", recovered, folder=project).code == 0
     assert slmops("plan", *sized, "--set", "compress={prune: {sparsity: 0.5}}", folder=project).code == 2

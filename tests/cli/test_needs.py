@@ -39,6 +39,9 @@ def test_a_folder_is_read_where_it_lies(slmops: Slmops, tmp_path: Path) -> None:
     slmops("needs", str(tmp_path)).refused(1, "'rwkv' is not known")
     (tmp_path / "config.json").write_text("{")
     slmops("needs", str(tmp_path)).refused(1, "no config.json that can be read")
+    for odd in ({"model_type": "qwen3", "hidden_size": 64}, {"model_type": "qwen3", "hidden_size": "x"}):
+        (tmp_path / "config.json").write_text(json.dumps(odd))
+        slmops("needs", str(tmp_path)).refused(1, "does not say how large it is")
 
 
 def test_what_is_not_there_is_refused(slmops: Slmops) -> None:

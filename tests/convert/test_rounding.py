@@ -50,6 +50,20 @@ def test_search_never_raises_the_error(seed: int, bits: int) -> None:
     assert searched <= plain
 
 
+@pytest.mark.parametrize("block", [4, 32, 100])
+def test_search_finds_the_scale_of_least_error(block: int) -> None:
+    """Of all that are tried, in each group by itself, whatever its length."""
+    weights = matrix(7, 6, 2 * block)
+    found = round_matrix(weights, 4, block, search=True)
+    for row, scales in zip(weights.reshape(6, 2, block), found.scales, strict=True):
+        for group, scale in zip(row, scales, strict=True):
+            largest = group[np.abs(group).argmax()]
+            tried = [np.float16(largest / -8), *(np.float16(largest * np.float32(f) / -8) for f in rounding.CANDIDATES)]
+            wide = np.array(tried, np.float32)[:, None]
+            errors = np.square(group - np.clip(np.rint(group / wide), -8, 7) * wide).sum(1)
+            assert errors[tried.index(scale)] == pytest.approx(errors.min(), rel=1e-5)
+
+
 def test_search_pays_on_ordinary_weights() -> None:
     weights = matrix(0, 256, 128)
     errors = [np.square(round_matrix(weights, 4, 32, search=s).values() - weights).mean() for s in (False, True)]

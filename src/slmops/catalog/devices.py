@@ -58,7 +58,7 @@ def known() -> dict[str, Device]:
     for file in sorted(folder().glob("*.yaml")):
         try:
             found.setdefault(file.stem, _device(file.stem, YAML(typ="safe").load(file.read_text(encoding="utf-8"))))
-        except (OSError, YAMLError, KeyError, TypeError) as error:
+        except (OSError, YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             says = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UsageError(
                 f"{file} is no device profile: {says}", "remove it, or save it again: slmops doctor --save NAME"

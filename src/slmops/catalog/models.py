@@ -113,8 +113,14 @@ def _model(file: Path, name: str, row: Any) -> Model:
     if given != wanted:
         wrong = [f"no {key}" for key in sorted(wanted - given)] + [f"unknown {key}" for key in sorted(given - wanted)]
         raise UsageError(f"{file}: {name}: {', '.join(wrong)}", f"each model has {', '.join(sorted(wanted))}")
-    languages = None if row["languages"] is None else tuple(row["languages"])
-    model = Model(**{**row, "name": name, "languages": languages})
+    try:
+        languages = None if row["languages"] is None else tuple(row["languages"])
+        model = Model(**{**row, "name": name, "languages": languages})
+        if model.architecture in KINDS:
+            _ = model.weights
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        says = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{file}: {name}: {says}", "give its facts in the form of slmops' own catalogue") from None
     if model.architecture not in KINDS:
         raise UsageError(
             f"{file}: {name}: architecture {model.architecture!r} is not known", f"known: {', '.join(KINDS)}"

@@ -39,12 +39,14 @@ class Answer:
     Attributes:
         model: with what changed; the old one where the hub could not be asked.
         problem: why it could not; `note`: what does not fit and is left to a person.
+        reached: the hub showed its page.
     """
 
     model: Model
     changes: tuple[Change, ...] = field(default=())
     problem: str = ""
     note: str = ""
+    reached: bool = True
 
 
 def ask(model: Model, folder: Path) -> Answer:
@@ -63,7 +65,7 @@ def ask(model: Model, folder: Path) -> Answer:
     try:
         info = hub.HfApi().model_info(model.hub)
     except Exception as error:
-        return Answer(model, problem=_said(error, model.hub))
+        return Answer(model, problem=_said(error, model.hub), reached=False)
     config: dict[str, Any] = {}
     problem = ""
     try:
@@ -71,13 +73,18 @@ def ask(model: Model, folder: Path) -> Answer:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except Exception as error:
         problem = _said(error, model.hub) if not isinstance(error, ValueError) else "its config.json is not JSON"
-    answer = compare(model, _page(info), config)
+    try:
+        answer = compare(model, _page(info), config)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        return Answer(model, problem=f"what the hub says cannot be read: {type(error).__name__}: {error}")
     return dataclasses.replace(answer, problem=problem)
 
 
 def _said(error: Exception, name: str) -> str:
     found = wrapped(error, name)
-    return found.reason if isinstance(found, Again) else found.message
+    if isinstance(found, Again):
+        return found.reason
+    return f"{found.message} ({found.hint})" if found.hint else found.message
 
 
 def _page(info: Any) -> dict[str, Any]:
@@ -138,5 +145,5 @@ def failed(answers: list[Answer]) -> None:
     Raises:
         ModelError: with the first reason.
     """
-    if answers and all(answer.problem and not answer.changes for answer in answers):
-        raise ModelError(answers[0].problem, "check the network and HF_ENDPOINT; the catalogue itself works offline")
+    if answers and not any(answer.reached for answer in answers):
+        raise ModelError(answers[0].problem, "the catalogue itself works offline")

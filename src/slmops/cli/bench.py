@@ -17,7 +17,7 @@ EPILOG = """\
 A MODEL is a folder in the form of Hugging Face, ONNX Runtime GenAI, GGUF, MLX, OpenVINO, LiteRT or ExecuTorch, or NAME=FOLDER. Models
 run in turns, each in a fresh process per round, one answer at a time; numbers are medians, with the least and greatest round in JSON.
 With --batch, several prompts of one length are answered at once: the first token's time is that of all of them, new tokens and answers
-per second are of all together, speed-up is that of new tokens over batch 1.
+per second are of all together, speed-up is that of new tokens over batch 1. LiteRT and ExecuTorch answer one at a time.
 
   slmops bench outputs/demo/bundle/model outputs/demo/student
   slmops bench int4=outputs/demo/bundle/model q4=outputs/demo/gguf-q4_0 --prompt 32 128 --new 64 --html bench.html

@@ -76,12 +76,12 @@ def run(options: argparse.Namespace) -> int:
     if options.refresh and options.fits:
         raise UsageError("--refresh and --fits do not go together", "refresh first, then ask what fits")
     file = options.file or models.FILE
-    every = models.load(file)
+    every = models.load(file if file.exists() or not options.write else models.FILE)
     found = models.select(every, options.text, options.size_class, _list(options.licence), _list(options.architecture))
     if not found:
-        if len(options.text) == 1:
-            models.find(every, options.text[0])
-        raise UsageError("no model is all of that", "leave out an option, or run `slmops catalog` to see them all")
+        if len(options.text) != 1 or options.size_class or options.licence or options.architecture:
+            raise UsageError("no model is all of that", "leave out an option, or run `slmops catalog` to see them all")
+        found = [models.find(every, options.text[0])]
     exact = [model for model in found if [model.name] == [text.lower() for text in options.text]]
     if options.refresh:
         return _refresh(exact or found, every, file, options)

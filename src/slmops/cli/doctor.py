@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shutil
 import sys
@@ -35,12 +36,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the findings. Exit code 0: doctor reports, it does not judge."""
-    if options.save:
+    if options.save is not None:
         from slmops.catalog.devices import check_name
 
         check_name(options.save)
     found = examine()
-    if options.save:
+    if options.save is not None:
         found["device"] = _save(options.save, found["machine"])
     if options.json:
         print_json(found)
@@ -158,8 +159,8 @@ def examine() -> dict[str, Any]:
 def _memory() -> dict[str, int]:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return {}
+    except OSError:  # a Mac: it does not say what is free
+        return {"MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")} if hasattr(os, "sysconf") else {}
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
 
 

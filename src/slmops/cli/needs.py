@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 def _model(text: str) -> tuple[str, Mapping[str, Any], int]:
     """Name, configuration and context of a folder or a model of the catalogue."""
     from slmops.catalog import models
-    from slmops.core.parameters import KINDS, kind_of, language
+    from slmops.core.parameters import KINDS, count, kind_of, language
 
     folder = Path(text)
     if not folder.is_dir():
@@ -102,4 +102,11 @@ def _model(text: str) -> tuple[str, Mapping[str, Any], int]:
     if kind_of(config) not in KINDS:
         known = ", ".join(KINDS)
         raise ModelError(f"{folder}: the architecture {kind_of(config)!r} is not known", f"known: {known}")
+    try:
+        count(config)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
+        raise ModelError(
+            f"{folder}: its config.json does not say how large it is: {type(error).__name__}: {error}",
+            "fetch the model again, or give a folder in Hugging Face form",
+        ) from None
     return folder.resolve().name, config, limit

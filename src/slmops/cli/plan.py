@@ -78,5 +78,5 @@ def _print(survey: Sequence[Status], costs: Mapping[str, Cost], cost: Cost) -> N
     )
     print(f"downloads: {', '.join(cost.downloads) or 'none'}")
     for name in cost.downloads:
-        if "@" not in name:
+        if name.startswith("hf:") and "@" not in name:
             print(f"note: {name} names no revision: what the hub has today is taken and kept; {name}@COMMIT pins it")

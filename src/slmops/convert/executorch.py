@@ -70,12 +70,14 @@ def run(params: Params, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     if refusal:
         raise ConversionError(*refusal)
     examples = fidelity.choose(inputs["data"], params.fidelity_prompts)
+    if params.context < runtimes.context(config):
+        ctx.progress.log(f"the context ends at {params.context} of {runtimes.context(config)} tokens")
     ctx.progress.start("writing for ExecuTorch")
     written = write(source, config, out, params)
     ctx.progress.stop()
     if written["in_int8"]:
         ctx.progress.log(
-            f"{len(written['in_int8'])} matrices are in int8: their rows are no multiple of {params.block_size} weights"
+            f"{len(written['in_int8'])} matrices are in int8: their rows are no two or more groups of {params.block_size} weights"
         )
     found = fidelity.check(source, out, examples, params.precision, params.min_token_agreement, ctx)
     return {

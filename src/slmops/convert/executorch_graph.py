@@ -59,7 +59,8 @@ class Weights:
             return None
         if name not in self._kept:
             values = self.read(f"{name}.weight")
-            blocks = precision == "int4" and values.shape[1] % self.block_size == 0
+            whole, rest = divmod(values.shape[1], self.block_size)
+            blocks = precision == "int4" and whole > 1 and not rest  # one group a row is int8's form
             if precision == "int4" and not blocks:
                 self.in_int8.append(name)
             bits, size = (4, self.block_size) if blocks else (8, values.shape[1])
@@ -92,7 +93,7 @@ def round_up(values: Any, bits: int, block_size: int) -> tuple[Any, Any]:
         block_size: weights that share a scale; inputs are a multiple of it.
 
     Returns:
-        int8 (outputs, inputs), from -2^(bits-1) to 2^(bits-1) - 1, and float32 (outputs, groups), which bfloat16 holds as they are.
+        int8 (outputs, inputs), from -2^(bits-1) to 2^(bits-1) - 1, and float32 (outputs, groups), in 4 bits such that bfloat16 holds them.
     """
     import torch
 
@@ -105,7 +106,8 @@ def round_up(values: Any, bits: int, block_size: int) -> tuple[Any, Any]:
         best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
         exact = [(half - 0.5) / half, (half - 0.5) / (half - 1)]
         for factor in [*exact, *CANDIDATES]:
-            scale = (largest * (factor / (half - 0.5))).to(torch.bfloat16).float()
+            scale = largest * (factor / (half - 0.5))
+            scale = scale.to(torch.bfloat16).float() if bits == 4 else scale
             scale = torch.where(scale < SMALLEST, 1.0, scale)
             steps = (groups / scale[..., None]).round().clamp(-half, half - 1)
             error = (groups - steps * scale[..., None]).square().sum(-1)

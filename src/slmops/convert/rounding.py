@@ -163,7 +163,10 @@ def _error(
     work *= scales
     work -= groups
     np.square(work, out=work)
-    eight = work.reshape(-1, 8, work.shape[1]).sum(0)
+    if len(work) % 8:  # a whole row is a group
+        found: NDArray[np.float32] = work.sum(0)
+        return found
+    eight = work.reshape(-1, 8, work.shape[1]).sum(0)  # in the order in which numpy adds up a row
     error: NDArray[np.float32] = ((eight[0] + eight[1]) + (eight[2] + eight[3])) + (
         (eight[4] + eight[5]) + (eight[6] + eight[7])
     )

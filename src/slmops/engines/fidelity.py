@@ -52,14 +52,17 @@ def compare(reference: Engine, converted: Engine, examples: Sequence[Example], o
     first: dict[str, Any] | None = None
     first_template: dict[str, Any] | None = None
     prompts = [reference.encode(example.prompt_messages()) for example in examples]
-    fitting = [ids for ids in prompts if len(ids) < reference.context_length]
+    room = reference.context_length
+    if converted.context_length < room:  # what is compared is a prompt with its answer
+        room = min(room, max(1, converted.context_length - CONTINUATION + 1))
+    fitting = [ids for ids in prompts if len(ids) < room]
     answers = iter(reference.generate(fitting, Sampling(max_new_tokens=CONTINUATION)))
     for example, ids in zip(examples, prompts, strict=True):
         other = converted.encode(example.prompt_messages())
         templates += ids == other
         if ids != other and first_template is None:
             first_template = {"id": example.id, "reference": ids, "converted": other}
-        if len(ids) >= reference.context_length:
+        if len(ids) >= room:
             skipped += 1
         else:
             whole = [*ids, *next(answers).tokens[:-1]]

@@ -281,6 +281,7 @@ def _write_litert(folder: Path) -> None:
     from slmops.engines import minimal_litert
 
     minimal_litert.write(folder / "model.tflite", HIDDEN, HEADS, CONTEXT, VOCABULARY)
+    _dump(folder / "config.json", {"max_position_embeddings": CONTEXT, "eos_token_id": END})
 
 
 def _write_executorch(folder: Path) -> None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmops.core.spec import PREFERENCE, Architecture
+from slmops.flow import methods
 from slmops.flow.memory import counts, pass_of, plan_of
 from slmops.flow.state import State, Status
+from slmops.store import environments
 from slmops.train.estimate import estimate as training_estimate
 from slmops.train.fit import Plan
 from slmops.train.pass_memory import PassPlan
@@ -78,6 +80,12 @@ def estimate(state: State, status: Status, survey: Sequence[Status]) -> Cost:
     for value in (step.params.get("model"), (step.params.get("data") or {}).get("path")):
         if isinstance(value, str) and value.startswith("hf:"):
             downloads.append(value)
+    environment = methods.get(step.method).DECLARATION.environment
+    if environment is not None and not environments.ready(environment):
+        packages = (
+            f"the packages of the environment {environment.name} ({environment.size / 1e9:.1f} GB on the disk, once)"
+        )
+        return Cost(FIXED_SECONDS.get(step.method, 0.0), 1e6, RUNTIME_BYTES, (*downloads, packages), bool(downloads))
     passed = pass_of(state, step, survey, _examples(state, status, survey))
     if passed is not None:
         return Cost(FIXED_SECONDS[step.method], 1e6, passed.memory().peak, tuple(downloads), bool(downloads))

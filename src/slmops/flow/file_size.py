@@ -5,7 +5,7 @@ A student from scratch is looked at when its project file is read (`flow/checks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slmops.core import widths
 from slmops.errors import Problem
@@ -15,6 +15,18 @@ from slmops.train.shape import Shape
 
 SHRINKS = ("compress.depth", "compress.width")
 """Methods that leave fewer weights in the blocks, nobody knows yet how many."""
+
+
+def _narrowed(status: Status, by_id: Mapping[str, Status]) -> bool:
+    """Whether a step that has not run yet takes weights out of a model on its way to this one."""
+    while status.output is None:
+        if status.step.method in SHRINKS:
+            return True
+        before = status.step.inputs.get("model") or status.step.inputs.get("base")  # a recovery trains from a base
+        if before is None:
+            return False
+        status = by_id[before]
+    return False
 
 
 def require(state: State, survey: Sequence[Status]) -> None:
@@ -29,10 +41,10 @@ def require(state: State, survey: Sequence[Status]) -> None:
         if status.state != "run" or step.method != "compress.sensitivity":
             continue
         made = by_id[step.inputs["model"]]
-        while made.output is None and made.step.method.startswith("compress.") and made.step.method not in SHRINKS:
-            made = by_id[made.step.inputs["model"]]
-        if made.step.method in SHRINKS and made.output is None:
+        if _narrowed(made, by_id):
             continue
+        while made.output is None and made.step.method.startswith("compress."):
+            made = by_id[made.step.inputs["model"]]
         folder = memory.folder_of(state, made.step.id, survey)
         shape = Shape.of_folder(folder) if folder else memory.shape_of(state, made.step, survey)
         if shape is None:
