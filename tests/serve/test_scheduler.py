@@ -136,13 +136,15 @@ def test_what_has_no_room_is_refused_and_a_row_is_free_after_a_cancel(minimal_ro
             scheduler.submit(Request(1, prompt, 4))
     with pytest.raises(ModelError):
         scheduler.submit(Request(1, (7,), 0))
-    for id in (1, 2):
+    for id in (1, 2, 3):  # one for the row, two that wait
         scheduler.submit(Request(id, (7, 8), 30, ignore_end=True))
     with pytest.raises(ResourceError):
-        scheduler.submit(Request(3, (7,), 4))
+        scheduler.submit(Request(4, (7,), 4))
     scheduler.step()
-    assert (scheduler.busy, scheduler.waiting) == (1, 1)
-    assert scheduler.cancel(2) and scheduler.cancel(1) and not scheduler.cancel(1)
+    assert (scheduler.busy, scheduler.waiting) == (1, 2)
+    with pytest.raises(ResourceError):
+        scheduler.submit(Request(4, (7,), 4))
+    assert scheduler.cancel(3) and scheduler.cancel(2) and scheduler.cancel(1) and not scheduler.cancel(1)
     assert (scheduler.busy, scheduler.waiting) == (0, 0) and scheduler.step() == []
 
 

@@ -117,6 +117,16 @@ def test_seeds_choices_stops_and_log_probabilities(client: httpx.Client) -> None
     assert len(told) == 3 and all(one["top_logprobs"][0]["logprob"] == one["logprob"] <= 0 for one in told)
 
 
+def test_an_answer_goes_back_as_the_next_turn_and_nulls_are_as_good_as_nothing(client: httpx.Client) -> None:
+    first = chat(client, max_tokens=4).json()["choices"][0]["message"]
+    turns = [*HELLO, first, {"role": "user", "content": "x"}]
+    empty = dict.fromkeys(
+        ("top_p", "n", "stop", "stream", "logprobs", "tools", "seed", "response_format", "max_tokens")
+    )
+    again = chat(client, messages=turns, max_completion_tokens=4, **empty)
+    assert again.status_code == 200 and again.json()["usage"]["completion_tokens"] <= 4
+
+
 def test_completions_take_texts_and_tokens(client: httpx.Client) -> None:
     body = {"model": "tiny", "prompt": ["hello", "bye"], "temperature": 0, "max_tokens": 5}
     found = client.post("/v1/completions", json=body).json()
@@ -155,24 +165,22 @@ def test_bodies_that_are_no_requests(client: httpx.Client) -> None:
     assert post("/v1/chat/completions", content=b"[1]").status_code == 400
     assert post("/v1/chat/completions", content=b"x" * (5 << 20)).status_code == 413
     assert post("/v1/chat/completions", content=iter([b"x" * (1 << 20)] * 5)).status_code == 400
+    good = json.dumps({"model": "tiny", "messages": HELLO, "stream": True, "max_tokens": 2}).encode()
+    assert post("/v1/chat/completions", content=iter([good, *[b" " * (1 << 20)] * 5])).status_code == 400
+    assert client.get("/healthz", timeout=5).status_code == 200
     assert client.get("/v1/nothing").json()["error"]["code"] == "unknown_url"
     assert client.get("/v1/chat/completions").status_code == 405
     assert client.get("/v1/models").json()["data"][0]["id"] == client.get("/v1/models/tiny").json()["id"] == "tiny"
 
 
-def test_a_client_that_leaves_frees_its_row_and_a_full_queue_is_told(client: httpx.Client, folder: Path) -> None:
-    with served(folder, "--rows", "1", "--queue", "1") as (own, _):
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            statuses = list(pool.map(lambda n: chat(own, max_tokens=40, logit_bias={"4": -100}), range(8)))
-        codes = {response.status_code for response in statuses}
-        assert codes <= {200, 503} and 200 in codes
-        for response in statuses:
-            assert response.status_code == 200 or response.headers["retry-after"]
-        for _ in range(5):
-            with own.stream(
-                "POST", "/v1/chat/completions", json={"model": "tiny", "messages": HELLO, "stream": True}
-            ) as response:
-                next(response.iter_lines())
+def test_what_there_is_no_room_for_is_told_and_may_be_asked_again(folder: Path) -> None:
+    long = {"n": 8, "logprobs": True, "top_logprobs": 20, "logit_bias": {"4": -100}}
+    with served(folder, "--rows", "1", "--queue", "8") as (own, _):
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda n: chat(own, **long), range(6)))
+        codes = [response.status_code for response in found]
+        assert set(codes) == {200, 503}
+        assert all(response.headers["retry-after"] for response in found if response.status_code == 503)
         assert chat(own, max_tokens=2).status_code == 200
 
 

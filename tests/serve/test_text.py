@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,26 @@ def test_pieces_are_the_text_and_characters_come_whole(tokenizer: PlainTokenizer
     pieces = [stream.add(id) for id in tokenizer.ids(text)]
     assert "".join(pieces) == text and stream.rest() == ""
     assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_characters_of_single_bytes_are_never_cut_in_two(tmp_path: Path) -> None:
+    """Tokenizers that fall back to bytes make a whole run of them unreadable if it begins within a character."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "▁": 257}
+    step = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                                             {"type": "Fuse"}]}  # fmt: skip
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": True, "unk_token": None}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "decoder": step, "model": model})
+    )
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    tokenizer = PlainTokenizer(tmp_path, "serve")
+    random_ = random.Random(0)
+    for _ in range(300):
+        text = "".join(random_.choice("aé東京안녕🎉") for _ in range(random_.randrange(1, 12)))
+        stream = Stream(tokenizer)
+        pieces = [stream.add(id) for id in tokenizer.ids(text)]
+        assert "".join(pieces) + stream.rest() == text
+        assert all("\ufffd" not in piece for piece in pieces)
 
 
 def test_a_broken_character_shows_as_its_replacement_at_the_end(tokenizer: PlainTokenizer) -> None:

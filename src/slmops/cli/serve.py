@@ -7,6 +7,7 @@ from pathlib import Path
 
 from slmops.cli.bench import named, positive
 from slmops.cli.common import cores, say
+from slmops.errors import UsageError
 
 HELP = "serve models to many clients in OpenAI's dialect"
 
@@ -36,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     from slmops.serve.app import serve
     from slmops.serve.model import Settings
 
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port {options.port} is no port", "give 1 to 65535, or 0 for any that is free")
     threads = options.threads or cores()
     wanted = [
         Settings(Path(folder), name, options.rows, options.context, threads, options.queue)

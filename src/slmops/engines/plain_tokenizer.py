@@ -68,8 +68,8 @@ class PlainTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text as it is, without the chat template."""
-        return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=False).ids]
+        """Token ids of a text without the chat template, with the mark of a beginning where the tokenizer puts one."""
+        return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=True).ids]
 
     def token(self, id: int) -> str:
         """The text of one token, special ones included; a part of a character shows as its replacement."""

@@ -50,8 +50,10 @@ class Gate:
         async def bounded() -> Any:
             nonlocal seen
             message = await receive()
+            if message["type"] != "http.request":  # the client has left: nobody may be kept from hearing it
+                return message
             seen += len(message.get("body", b""))
-            return message if seen <= LARGEST_BODY else {"type": "http.request", "body": b"", "more_body": False}
+            return message if seen <= LARGEST_BODY else {"type": "http.request", "body": b"\0", "more_body": False}
 
         return bounded
 

@@ -118,7 +118,7 @@ class Scheduler:
             )
         if request.most < 1:
             raise ModelError("no token may be written", "ask for at least one")
-        if len(self._waiting) >= self._most:
+        if len(self._waiting) >= self._most + self._engine.rows - len(self._busy):
             raise ResourceError(f"{len(self._waiting)} requests are waiting already", "try again later")
         self._waiting.append(request)
 

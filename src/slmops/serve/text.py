@@ -11,7 +11,7 @@ from slmops.engines.plain_tokenizer import PlainTokenizer
 
 UNFINISHED = "\ufffd"
 KEEP = 4
-"""Tokens before a piece that are decoded with it: what a token says can depend on the one before."""
+"""Pieces before a piece that are decoded with it: what a token says can depend on the one before."""
 
 
 class Stream:
@@ -20,8 +20,8 @@ class Stream:
     def __init__(self, tokenizer: PlainTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._told = 0
-        """Tokens whose text has been told."""
+        self._ends = [0]
+        """Counts of tokens at which text was told, so that never a part of a character is decoded without the rest."""
 
     def add(self, token: int) -> str:
         """What this token adds, "" while its character is not whole."""
@@ -29,19 +29,18 @@ class Stream:
         before, now = self._around()
         if now.endswith(UNFINISHED) or not now.startswith(before):
             return ""
-        self._told = len(self._ids)
+        self._ends = [*self._ends[-KEEP:], len(self._ids)]
         return now[len(before) :]
 
     def rest(self) -> str:
         """What has not been told when there are no more tokens: of a broken character its replacement."""
         before, now = self._around()
-        self._told = len(self._ids)
+        self._ends.append(len(self._ids))
         return now[len(before) :]
 
     def _around(self) -> tuple[str, str]:
-        begin = max(0, self._told - KEEP)
-        decode = self._tokenizer.decode
-        return decode(self._ids[begin : self._told]), decode(self._ids[begin:])
+        begin, told, decode = self._ends[0], self._ends[-1], self._tokenizer.decode
+        return decode(self._ids[begin:told]), decode(self._ids[begin:])
 
 
 class Stop:
@@ -61,7 +60,10 @@ class Stop:
         if places:
             self.found, self._held = True, ""
             return text[: min(places)]
-        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        held = max(
+            (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
+            default=0,
+        )
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 

@@ -84,6 +84,15 @@ def run(scheduler: Scheduler, commands: queue.SimpleQueue[dict[str, Any] | None]
             except SlmopsError as error:
                 busy = isinstance(error, ResourceError)
                 say({"refused": asked["id"], "why": error.message, "hint": error.hint, "busy": busy})
+            except (KeyError, TypeError, ValueError) as error:
+                say(
+                    {
+                        "refused": asked.get("id"),
+                        "why": f"the request cannot be read: {error}",
+                        "hint": "",
+                        "busy": False,
+                    }
+                )
         found = scheduler.step()
         if found:
             say({"tokens": [_row(progress) for progress in found]})

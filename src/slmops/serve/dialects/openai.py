@@ -10,29 +10,42 @@ import asyncio
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from slmops.errors import ModelError, ResourceError, SlmopsError
-from slmops.serve.model import Model, Piece
+from slmops.errors import ResourceError, SlmopsError
+from slmops.serve.model import Model, Piece, RequestError
 from slmops.serve.sampling import Picking
 
 PATIENCE_S = 1
+UNIONS = ("str", "list[str]", "list[int]", "list[list[int]]", "list[Part]", "constrained-str")
+"""Parts of the place of an error that stand for one of several types."""
 MOST_ANSWERS = 16
 Share = Annotated[float, Field(ge=0, le=1)]
-Body = TypeVar("Body", bound=BaseModel)
+Kind = TypeVar("Kind", bound=BaseModel)
 Done = TypeVar("Done")
 
 
-class Wanted(BaseModel):
-    """What both kinds of request have."""
+class Body(BaseModel):
+    """An object of a request: no other fields than these, and null is as good as absent, as in OpenAI's own."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Wanted(Body):
+    """What both kinds of request have."""
+
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -64,25 +77,22 @@ class Wanted(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """Of a stream."""
 
-    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
 
 
-class Part(BaseModel):
+class Part(Body):
     """A part of a message's content. Only text is read."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: str
 
 
-class Turn(BaseModel):
+class Turn(Body):
     """A message."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
@@ -145,13 +155,13 @@ def error(
     )
 
 
-def of(failure: SlmopsError) -> Response:
-    """An error of slmops in OpenAI's shape."""
+def of(failure: SlmopsError, param: str) -> Response:
+    """An error of slmops in OpenAI's shape. `param`: the field that holds the prompt."""
     said = f"{failure.message} ({failure.hint})" if failure.hint else failure.message
     if isinstance(failure, ResourceError):
         return error(503, said, "server_error", code="overloaded")
-    if isinstance(failure, ModelError) and "context" in failure.message:
-        return error(400, said, param="messages", code="context_length_exceeded")
+    if isinstance(failure, RequestError):
+        return error(400, said, param=param, code="context_length_exceeded" if "context" in failure.message else None)
     return error(500, said, "server_error")
 
 
@@ -187,7 +197,7 @@ class OpenAi:
         if model is None:
             return self._unknown(wanted.model)
         try:
-            prompt = model.encode([turn.plain() for turn in wanted.messages])
+            prompt = await asyncio.to_thread(model.encode, [turn.plain() for turn in wanted.messages])
         except SlmopsError as failure:
             return error(400, failure.message, param="messages")
         most = wanted.max_completion_tokens or wanted.max_tokens
@@ -202,7 +212,7 @@ class OpenAi:
         model = self._models.get(wanted.model)
         if model is None:
             return self._unknown(wanted.model)
-        prompts = _prompts(wanted.prompt, model)
+        prompts = await asyncio.to_thread(_prompts, wanted.prompt, model)
         if not prompts or not all(prompts):
             return error(400, "the prompt is empty", param="prompt")
         if max(map(max, prompts)) >= model.tokenizer.size or min(map(min, prompts)) < 0:
@@ -226,7 +236,7 @@ class OpenAi:
             first = await _unless_gone(request, anext(pieces))
         except SlmopsError as failure:
             await pieces.aclose()
-            return of(failure)
+            return of(failure, shape.prompt)
         if first is None:
             await pieces.aclose()
             return Response(status_code=499)
@@ -247,7 +257,7 @@ class OpenAi:
             if await _unless_gone(request, rest()) is None:
                 return Response(status_code=499)
         except SlmopsError as failure:
-            return of(failure)
+            return of(failure, shape.prompt)
         finally:
             await pieces.aclose()
         return JSONResponse(shape.whole(answers, usage_of(lengths, answers)))
@@ -266,7 +276,7 @@ def usage_of(prompt: int, answers: Sequence[Answer]) -> dict[str, Any]:
 class Shape:
     """What an answer looks like in one of the two routes."""
 
-    prefix, whole_kind, part_kind = "", "", ""
+    prefix, whole_kind, part_kind, prompt = "", "", "", ""
 
     def __init__(self, wanted: Wanted, model: Model) -> None:
         self._model = model
@@ -301,6 +311,7 @@ class ChatShape(Shape):
     """`/v1/chat/completions`."""
 
     prefix, whole_kind, part_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prompt = "messages"
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The role."""
@@ -332,28 +343,34 @@ class ChatShape(Shape):
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._model.tokenizer.token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 class TextShape(Shape):
     """`/v1/completions`."""
 
-    prefix, whole_kind, part_kind = "cmpl", "text_completion", "text_completion"
+    prefix, whole_kind, part_kind, prompt = "cmpl", "text_completion", "text_completion", "prompt"
+
+    def __init__(self, wanted: Wanted, model: Model) -> None:
+        super().__init__(wanted, model)
+        self._places: Counter[int] = Counter()  # how much of each answer has been told in a stream
 
     def part(self, index: int, piece: Piece) -> dict[str, Any]:
         """See `Shape`."""
-        return {"index": index, "text": piece.text, "logprobs": self._told([piece]), "finish_reason": piece.finish}
+        told = self._told([piece], self._places[index])
+        self._places[index] += len(piece.text)
+        return {"index": index, "text": piece.text, "logprobs": told, "finish_reason": piece.finish}
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         """See `Shape`."""
         told = self._told(answer.pieces)
         return {"index": answer.index, "text": answer.text, "logprobs": told, "finish_reason": answer.finish}
 
-    def _told(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def _told(self, pieces: Sequence[Piece], place: int = 0) -> dict[str, Any] | None:
         if not pieces or pieces[0].logprob is None:
             return None
         name = self._model.tokenizer.token
-        offsets, place = [], 0
+        offsets = []
         for piece in pieces:
             offsets.append(place)
             place += len(piece.text)
@@ -365,14 +382,14 @@ class TextShape(Shape):
         }
 
 
-async def _parsed(request: Request, kind: type[Body]) -> Body | Response:
+async def _parsed(request: Request, kind: type[Kind]) -> Kind | Response:
     """The body of a request, or the error that says what is wrong with it."""
     raw = await request.body()
     try:
         return kind.model_validate_json(raw)
     except ValidationError as failure:
         first = failure.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
+        param = ".".join(str(part) for part in first["loc"] if str(part) not in UNIONS) or None
         if first["type"] == "json_invalid":
             return error(400, f"the body is not JSON: {first['msg']}")
         if first["type"] == "extra_forbidden":
@@ -400,7 +417,7 @@ async def _together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGene
         try:
             async for piece in stream:
                 found.put_nowait((index, piece, None))
-        except SlmopsError as error:
+        except Exception as error:
             failure = error
         found.put_nowait((index, None, failure))
 
@@ -446,7 +463,7 @@ async def _events(
             yield shape.event([], usage_of(prompt, answers), True)
         yield "data: [DONE]\n\n"
     except SlmopsError as failure:
-        said = json.loads(bytes(of(failure).body))
+        said = json.loads(bytes(of(failure, shape.prompt).body))
         yield f"data: {json.dumps(said)}\n\n"
     finally:
         await pieces.aclose()

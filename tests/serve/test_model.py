@@ -1,0 +1,133 @@
+"""A served model without HTTP: what its process is told, and what becomes of answers when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.engines.minimal import write_minimal
+from slmops.errors import ModelError, ResourceError
+from slmops.serve.model import Model, RequestError, Settings
+from slmops.serve.sampling import Picking
+
+pytestmark = pytest.mark.slow
+ENDLESS = Picking(logit_bias={4: -100.0})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    write_minimal(folder, "onnx_genai")
+    return folder
+
+
+def using(folder: Path, work: Callable[[Model], Awaitable[None]], rows: int = 2) -> None:
+    async def main() -> None:
+        model = Model(Settings(folder, "tiny", rows=rows))
+        try:
+            await work(model)
+        finally:
+            await model.stop()
+        assert model.active == 0
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_who_leaves_an_answer_has_it_cancelled(folder: Path) -> None:
+    async def work(model: Model) -> None:
+        told: list[dict[str, Any]] = []
+        await model.start()
+        write = model._write
+        model._write = lambda command: (told.append(command), write(command))[1]  # type: ignore[method-assign, func-returns-value]
+        answer = model.answer([7, 8], None, ENDLESS)
+        await anext(answer)
+        await answer.aclose()
+        assert "ask" in told[0] and told[1:] == [{"cancel": told[0]["ask"]["id"]}]
+        whole = [piece async for piece in model.answer([7, 8], 3, ENDLESS)]
+        assert len(whole) == 3 and len(told) == 3, "an answer that ended is not cancelled"
+
+    using(folder, work)
+
+
+def test_impatient_clients_neither_stop_the_loading_nor_start_it_again(folder: Path) -> None:
+    async def work(model: Model) -> None:
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(model.answer([7], 2, Picking())), 0.001)
+        assert [piece async for piece in model.answer([7], 2, ENDLESS)] and model.deaths == 0
+        assert model.pid is not None and len(children()) == 1
+
+    using(folder, work)
+    assert children() == []
+
+
+def test_what_the_model_cannot_take_is_the_client_s_and_harms_nobody(folder: Path) -> None:
+    async def work(model: Model) -> None:
+        other = model.answer([7, 8], 40, ENDLESS)
+        await anext(other)
+        bad: list[tuple[list[int], Picking]] = [
+            ([300], Picking(repetition_penalty=1.1)), ([7], Picking(logit_bias={300: 1.0})), ([], Picking()), ([7] * 64, Picking()),
+        ]  # fmt: skip
+        for prompt, how in bad:
+            with pytest.raises(RequestError):
+                await anext(model.answer(prompt, 2, how))
+        assert len([piece async for piece in other]) == 39 and model.deaths == 0
+
+    using(folder, work)
+
+
+def test_a_process_that_dies_is_said_and_comes_back_by_itself(folder: Path) -> None:
+    async def work(model: Model) -> None:
+        answers = [model.answer([7, 8], None, ENDLESS) for _ in range(6)]
+        await anext(answers[0])
+        rest = [asyncio.ensure_future(anext(answer)) for answer in answers[1:]]
+        await asyncio.sleep(0)
+        assert model.pid is not None
+        os.kill(model.pid, signal.SIGKILL)
+        with pytest.raises(ModelError, match="ended"):
+            async for _ in answers[0]:
+                pass
+        found = await asyncio.gather(*rest, return_exceptions=True)
+        assert all(not isinstance(one, BaseException) or isinstance(one, ModelError) for one in found)
+        while not model.ready:
+            await asyncio.sleep(0.01)
+        assert model.deaths == 1
+        os.kill(model.pid, signal.SIGKILL)
+        while model.deaths < 2:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ResourceError, match="has failed"):
+            await model.start()
+
+    using(folder, work)
+
+
+def test_a_folder_that_is_no_model_is_said(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(b"" if file.suffix == ".onnx" else file.read_bytes())
+
+    async def work(model: Model) -> None:
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            await model.start()
+
+    using(tmp_path, work)
+    assert children() == []
+
+
+def children() -> list[int]:
+    """Processes of models that this process has started and that run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text = status.read_text()
+            command = (status.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"\nPPid:\t{os.getpid()}\n" in text and b"slmops.serve.worker" in command:
+            found.append(int(status.parent.name))
+    return found
