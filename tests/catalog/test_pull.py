@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -58,6 +59,8 @@ def pull(target: Path, text: str = "hf:acme/desk", pace: Pace = Pace(sleep=lambd
     [
         ("../../etc/passwd", "`..`"), ("a/../../b.json", "`..`"), ("/etc/passwd", "an absolute name"),
         ("C:/b.json", "an absolute name"), ("a\\..\\b.json", "a backslash"), ("a\x00b.json", "a control character"),
+        ("a\x9bb.json", "a control character"),
+        ("a\u202eb.json", "a control character"),
         ("a//b.json", "an empty part"), (".git/config", "git itself"), ("x" * 256 + ".json", "a name longer"),
         ("/".join(["x" * 200] * 6), "a name longer"), ("config.json/x", "both a file and a folder"), ("a\ud800", "not Unicode"),
     ],
@@ -104,6 +107,19 @@ def tensor(**change: Any) -> bytes:
     return json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} | change}).encode()
 
 
+def session(options: Any) -> bytes:
+    return json.dumps({"model": {"decoder": {"session_options": options}}}).encode()
+
+
+SESSIONS: list[tuple[Any, str]] = [
+    ({"enable_profiling": "/tmp/x"}, "session_options.'enable_profiling'"),
+    ({"ep.context_file_path": "x"}, "session_options.'ep.context_file_path'"),
+    ({"provider_options": [{"RyzenAI": {}}]}, "asks for the provider"),
+    ({"provider_options": [{"QNN": {"backend_path": "x.so"}}]}, "asks for the provider"),
+    ([], "another kind than an object"),
+]
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [
@@ -126,6 +142,10 @@ def tensor(**change: Any) -> bytes:
         ({**NO_WEIGHTS, "a.gguf": gguf(1, 0, struct.pack("<Q1sIQIQ", 1, b"a", 1, 4, 0, 99))}, "ends before its tensors"),
         ({"model.onnx": b"x", "genai_config.json": b'{"model": {"session_options": {"custom_ops_library": "x.so"}}}'},
          "its own code: genai_config.json"),
+        *[({"model.onnx": b"x", "genai_config.json": session(options)}, says) for options, says in SESSIONS],
+        ({**ONE, "model.safetensors": packed(tensor(shape="4"), b"1234")}, "nothing sound of 'a'"),
+        ({**ONE, "model.safetensors": packed(tensor(shape=[1e400]), b"1234")}, "nothing sound of 'a'"),
+        ({**ONE, "model.safetensors": packed(tensor(shape=[1] * 99), b"1234")}, "nothing sound of 'a'"),
         ({"README.md": b""}, "no weights in it"),
     ],
 )  # fmt: skip
@@ -226,6 +246,34 @@ def test_what_cannot_be_named(text: str, says: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ again and again
+
+
+def test_a_link_stays_and_what_it_leads_to_is_filled(stand: Stand, tmp_path: Path) -> None:
+    hub, _url = stand
+    disk, link = tmp_path / "disk" / "model", tmp_path / "link"
+    disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    pull(link)
+    hub.files = {**hub.files, "LICENSE": b"new"}
+    hub.commit = "f" * 40
+    pull(link)
+    assert link.is_symlink() and set(contents(disk)) == set(hub.files)
+    assert {path.name for path in tmp_path.rglob("*")} >= {"disk", "link"} and not list(tmp_path.rglob(".*.pull"))
+
+
+def test_a_record_that_no_pull_wrote_is_none(stand: Stand, tmp_path: Path) -> None:
+    hub, _url = stand
+    hub.files = {**hub.files, ".slmops-pull.json": b"{}"}
+    pull(tmp_path / "out")
+    assert pull(tmp_path / "out") == 0, "the file of the repository is not taken for the record"
+    record = tmp_path / "out" / ".slmops-pull.json"
+    for change in ({"name": "../../x"}, {"size": "1"}, {"digest": "../x"}, {"kind": 5}):
+        found = json.loads(record.read_text())
+        found["files"][0] |= change
+        (tmp_path / "odd").mkdir()
+        (tmp_path / "odd" / ".slmops-pull.json").write_text(json.dumps(found))
+        assert pull(tmp_path / "odd") > 0 and set(contents(tmp_path / "odd")) == set(contents(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "odd")
 
 
 def test_only_what_is_damaged_or_gone_is_fetched_again(stand: Stand, tmp_path: Path) -> None:

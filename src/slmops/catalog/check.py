@@ -27,9 +27,19 @@ BITS = {
 }  # fmt: skip
 LARGEST_JSON = 200_000_000
 MOST = 1_000_000
-"""Tensors or entries of a header, and parts of a shape: more than any model has."""
+"""Tensors or entries of a header: more than any model has."""
 GROWTH = 20
 """How many times its size an archive may unpack to."""
+SESSION = frozenset({
+    "enable_mem_pattern", "enable_cpu_mem_arena", "log_id", "log_severity_level", "log_verbosity_level", "provider_options",
+    "intra_op_num_threads", "inter_op_num_threads", "graph_optimization_level", "execution_mode",
+})  # fmt: skip
+"""Options of a session that neither write nor load anything."""
+PROVIDERS = frozenset(
+    {"cpu", "cuda", "DML", "dml", "WebGPU", "webgpu", "CoreML", "NvTensorRtRtx", "OpenVINO", "QNN", "rocm"}
+)
+RANKS = 16
+"""Dimensions of a tensor: more than any model has."""
 AGAIN = "do not use this repository, or tell its makers"
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -53,7 +63,9 @@ def refuse_code(path: Path, model: str) -> None:
     else:
         known = kind in CONFIG_MAPPING_NAMES
     if not known:
-        code = sorted({str(value).partition(".")[0] + ".py" for value in dict(config["auto_map"]).values()})
+        named = config["auto_map"]
+        values = named.values() if isinstance(named, dict) else [named]
+        code = sorted({f"{str(value)[:60].partition('.')[0]}.py" for value in values})
         raise RefusedError(
             f"{model}: refused for its own code: {', '.join(code)}: transformers does not know model_type {kind!r} by itself",
             "take another model; --allow-code takes the files, and nothing of slmops runs them",
@@ -90,8 +102,8 @@ def check(folder: Path, names: Sequence[str], model: str) -> dict[str, Any]:
         elif is_pickle(name):
             refuse_bomb(path, f"{model}: {name}")
     for name, index in parsed.items():
-        if name.endswith("genai_config.json") and "custom_ops_library" in json.dumps(index):
-            raise RefusedError(f"{model}: refused for its own code: {name} asks for a library of operators", AGAIN)
+        if name.endswith("genai_config.json"):
+            refuse_settings(index, f"{model}: refused for its own code: {name}")
         if name.endswith(".safetensors.index.json"):
             _check_index(index, per_file, name, model)
     shapes = [shape for tensors in per_file.values() for _kind, shape in tensors.values()]
@@ -100,6 +112,48 @@ def check(folder: Path, names: Sequence[str], model: str) -> dict[str, Any]:
         "tensors": count + len(shapes),
         "parameters": sum(math.prod(shape) for shape in shapes),
     }
+
+
+def refuse_settings(value: Any, name: str, inside: str = "") -> None:
+    """Refuse settings of ONNX Runtime GenAI with which a session writes files or loads libraries: of a session's options only those of
+    `SESSION` are taken, of providers none but the processor's and those that come with the runtime, without options of their own.
+
+    Raises:
+        RefusedError: with the setting.
+    """
+    if isinstance(value, list):
+        for item in value:
+            refuse_settings(item, name, inside)
+    if not isinstance(value, dict):
+        return
+    for key, inner in value.items():
+        if key in ("session_options", "run_options"):
+            if not isinstance(inner, dict):
+                raise RefusedError(f"{name} has {key} of another kind than an object", AGAIN)
+            odd = sorted(set(inner) - SESSION)
+            if odd:
+                raise RefusedError(f"{name} sets {key}.{odd[0]!r:.60}", AGAIN)
+            providers = inner.get("provider_options") or []
+            for provider in providers if isinstance(providers, list) else [providers]:
+                known = isinstance(provider, dict) and set(provider) <= PROVIDERS
+                if not known or not all(_harmless(settings) for settings in provider.values()):
+                    raise RefusedError(f"{name} asks for the provider {provider!r:.100}", AGAIN)
+        elif "library" in key.lower() or key == "custom_ops":
+            raise RefusedError(f"{name} asks for a library: {key!r:.60}", AGAIN)
+        else:
+            refuse_settings(inner, name, key)
+
+
+def _harmless(settings: Any) -> bool:
+    """Whether a provider's options name no file."""
+    return not settings or (
+        isinstance(settings, dict)
+        and not any(
+            mark in f"{key}{value}".lower()
+            for key, value in settings.items()
+            for mark in ("path", "/", "\\", "library", ".so", ".dll")
+        )
+    )
 
 
 def _is_object(name: str) -> bool:
@@ -163,10 +217,17 @@ def safetensors_header(path: Path, name: str) -> Tensors:
     spans = []
     for tensor, said in header.items():
         try:
-            kind, shape = str(said["dtype"]), tuple(int(n) for n in said["shape"])
+            kind, shape = str(said["dtype"]), said["shape"]
+            if (
+                not isinstance(shape, list)
+                or len(shape) > RANKS
+                or not all(type(n) is int and n < 1 << 63 for n in shape)
+            ):
+                raise ValueError
+            shape = tuple(shape)
             start, stop = (int(n) for n in said["data_offsets"])
             bits = BITS[kind] * math.prod(shape)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise RefusedError(f"{name}: its header says nothing sound of {tensor!r:.80}", AGAIN) from None
         if min(shape, default=0) < 0 or start < 0 or bits != 8 * (stop - start):
             raise RefusedError(f"{name}: {tensor!r:.80} of shape {shape} is not {stop - start} bytes of {kind}", AGAIN)

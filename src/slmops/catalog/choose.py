@@ -20,6 +20,8 @@ BESIDE = (
 )  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".npy", ".joblib", ".h5", ".msgpack", ".nemo")
 CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1", ".js", ".ipynb", ".jar", ".wasm")
+RECORD = ".slmops-pull.json"
+"""What slmops keeps of a pull in the folder itself; a file of that name in a repository is not taken."""
 _ONNX = re.compile(r"\.onnx$|\.onnx[._]data(_\d+)?$")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
@@ -65,7 +67,7 @@ def choose(
     weights, form = _weights(files, model, only, pickles)
     folders = {"", *(_folder(name) for name in weights)}
     taken = set(weights)
-    for name in names:
+    for name in names - {RECORD}:
         if _folder(name) in folders and any(fnmatch.fnmatchcase(PurePosixPath(name).name, p) for p in BESIDE):
             taken.add(name)
         if code and is_code(name) and _folder(name) in folders:

@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,10 +52,12 @@ def ask(folder: Path, names: Sequence[str], form: str, model: str, size: int) ->
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "HUGGING_FACE_HUB_TOKEN"}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "slmops.catalog.one_pass", str(folder), form, json.dumps(list(names))],
-            env={**kept, **quiet}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PLENTY, check=False,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as empty:  # runtimes look for libraries where they are started
+            done = subprocess.run(
+                [sys.executable, "-P", "-m", "slmops.catalog.one_pass", str(folder.absolute()), form],
+                input=json.dumps(list(names)), cwd=empty, env={**kept, **quiet, "HF_TOKEN_PATH": os.devnull},
+                capture_output=True, text=True, timeout=PLENTY, check=False,
+            )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"skipped": f"one pass took longer than {PLENTY // 60} minutes"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
@@ -232,12 +235,13 @@ def _onnx(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return {"runtime": "ONNX Runtime GenAI", "vocabulary": int(said["vocab_size"]), "tokens": len(ids)}
 
 
-def main(folder: str, form: str, names: str) -> None:
-    """Try the model and print what was found."""
+def main(folder: str, form: str) -> None:
+    """Try the model and print what was found. Standard input holds the names of its files, a list in JSON."""
     answer: dict[str, Any]
+    names = json.load(sys.stdin)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            answer = {"safetensors": _torch, "gguf": _gguf, "onnx": _onnx}[form](Path(folder), json.loads(names))
+            answer = {"safetensors": _torch, "gguf": _gguf, "onnx": _onnx}[form](Path(folder), names)
     except _Skip as skip:
         answer = {"skipped": str(skip)}
     except Exception as error:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from slmops.catalog import check
-from slmops.catalog.choose import Choice, choose
+from slmops.catalog.choose import RECORD, Choice, choose
 from slmops.catalog.folder import Folder
 from slmops.catalog.hub import PATIENCE, Again, File, Hub, Listing, Origin, given_up
-from slmops.catalog.source import Source
+from slmops.catalog.source import Source, refusal
 from slmops.catalog.transfer import Pace, present, refuse_full, transfer
 from slmops.errors import ModelError, RefusedError, UnreachableError
 from slmops.store.files import fsync_folder, read_json, remove_tree, write_json
 
-RECORD = ".slmops-pull.json"
 UNASKED = "--no-check was given"
 
 
@@ -118,6 +118,13 @@ def plan(
         ResourceError: the disk has no room for it.
     """
     target = (target or place(source)).absolute()
+    if target.is_symlink():  # what it leads to is filled, and the link stays
+        target = target.resolve()
+    if target.is_mount():
+        raise ModelError(
+            f"{target} is where a disk is mounted, and cannot be put in its place whole",
+            f"name a folder in it: --to {target / 'model'}",
+        )
     if source.kind == "path" and target.resolve().is_relative_to(Path(source.name).resolve()):
         raise ModelError(f"{target} is where the model is already", "name another folder with --to")
     record = _record(target)
@@ -266,7 +273,9 @@ def _stage(target: Path) -> Path:
 
 def _record(target: Path) -> dict[str, Any] | None:
     value = read_json(target / RECORD)
-    return value if isinstance(value, dict) and isinstance(value.get("files"), list) else None
+    if not isinstance(value, dict) or not isinstance(value.get("files"), list):
+        return None
+    return value if all(_sound(entry) for entry in value["files"]) else None
 
 
 def _held(record: Mapping[str, Any] | None, target: Path) -> dict[str, str]:
@@ -285,6 +294,19 @@ def _recorded(record: Mapping[str, Any] | None) -> list[tuple[File, int]]:
     """The files of a record, and when each was changed last."""
     entries = (record or {}).get("files", ())
     return [(File(e["name"], e["size"], e["kind"], e["digest"]), e["changed"]) for e in entries]
+
+
+def _sound(entry: Any) -> bool:
+    """Whether an entry of a record is one that a pull writes."""
+    if not isinstance(entry, dict):
+        return False
+    name, digest = entry.get("name"), entry.get("digest")
+    numbers = all(isinstance(entry.get(key), int) for key in ("size", "changed"))
+    whole = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest)
+    return bool(isinstance(name, str) and refusal(name) is None and numbers and whole) and entry.get("kind") in (
+        "sha256",
+        "git",
+    )
 
 
 def _holds(record: Mapping[str, Any] | None, target: Path, listing: Listing, choice: Choice) -> bool:

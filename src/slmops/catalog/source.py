@@ -90,14 +90,14 @@ def refusal(name: str) -> str | None:
         return "`..` in a name leads out of the folder"
     if any(part in ("", ".") for part in parts):
         return "an empty part in a name"
-    if "\\" in name or any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
-        return "a backslash or a control character in a name"
     if any(part.lower() == ".git" for part in parts):
         return "a file of git itself"
     try:
         lengths = [len(part.encode()) for part in parts]
     except UnicodeEncodeError:
         return "a name that is not Unicode"
+    if "\\" in name or not name.isprintable():
+        return "a backslash or a control character in a name"
     if max(lengths) > LONGEST_PART or sum(lengths) + len(parts) > LONGEST_NAME:
         return f"a name longer than {LONGEST_PART} bytes, or {LONGEST_NAME} with its folders"
     return None

@@ -103,7 +103,8 @@ def _agreed() -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     print("fetch it? [Y/n] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+    answer = sys.stdin.readline()
+    return bool(answer) and answer.strip().lower() in ("", "y", "yes")  # Ctrl-D is no answer
 
 
 def _show(plan: Plan) -> None:

@@ -106,7 +106,10 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder even where its files are read-only."""
+    """Remove a folder even where its files are read-only. Of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
     if not path.exists():
         return
     for root, _folders, _files in os.walk(path):
