@@ -37,6 +37,13 @@ def texts(engine: Engine, *words: str) -> list[list[int]]:
     return [engine.encode([{"role": "user", "content": w}]) for w in words]
 
 
+def test_a_folder_with_two_models_is_told_so(tmp_path: Path) -> None:
+    for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"several models: a-Q4_0.gguf, a-Q8_0.gguf"):
+        detect(tmp_path)
+
+
 def test_prompt_is_rendered_by_the_template(engine: Engine) -> None:
     ids = engine.encode(MESSAGES)
     assert ids[0] == 1 and ids[-1] == 3

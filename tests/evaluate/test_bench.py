@@ -188,3 +188,10 @@ def test_what_cannot_be_measured_is_an_error(tmp_path: Path, capsys: pytest.Capt
     assert "holds 64 tokens, 70 are asked for" in said and "hint: " in said and "Traceback" not in said
     with pytest.raises(SystemExit):
         main(["bench", str(tmp_path), "--rounds", "0"])
+
+
+def test_a_page_without_a_folder_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(tmp_path), "--html", str(tmp_path / "none" / "bench.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

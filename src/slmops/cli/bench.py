@@ -52,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     from slmops.evaluate.bench import bench
 
     models = named(options.models)
+    if options.html and not options.html.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {options.html.parent} for the page", "make it, or give another FILE")
     threads = options.threads or cores()
     say(f"models: {len(models)}, rounds: {options.rounds}, threads: {threads}")
     found = bench(

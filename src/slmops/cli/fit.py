@@ -25,7 +25,7 @@ each of fit.also. Quality is a share of the teacher's score, or of the student's
 Candidates are given up as soon as it is clear that they cannot do; everything is cached, so a killed fit goes on where it was.
 
   slmops fit --p95 400ms --min-quality 98%
-  slmops fit --device pi5-8gb --max-ram 500M --max-size 5M --prefer fastest --html fit.html
+  slmops fit --device pi5-8gb --max-ram 500M --max-size 5M --prefer fastest
 
 exit codes: 0 one was chosen, 3 nothing fits"""
 

@@ -57,6 +57,11 @@ def detect(folder: Path) -> Named:
         return "mlx" if _written_for(files[0]) == "mlx" else "torch"
     if find_gguf(folder):
         return "llama_cpp"
+    several = sorted(path.name for path in folder.glob("*.gguf"))
+    if several:
+        raise ModelError(
+            f"{folder} holds several models: {', '.join(several[:5])}", "leave one in it, or call that one model.gguf"
+        )
     names = ("genai_config.json", "model.gguf", "openvino_model.xml", "model.tflite", "model.pte")
     inner = sorted(path.parent for name in names for path in folder.glob(f"*/{name}"))
     hint = "point to a Hugging Face model folder or to one that `slmops` converted"
