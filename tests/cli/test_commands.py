@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from keyword import iskeyword
 from pathlib import Path
 
 import pytest
 
 from slmops import __version__
 from slmops.cli.doctor import EXTRAS, FEW
-from slmops.cli.main import VERBS
+from slmops.cli.main import VERBS, parser
 from tests.cli.conftest import Slmops
 from tests.tiny import write_project
 
@@ -180,6 +184,16 @@ def test_a_new_project_can_be_planned_and_is_not_overwritten(tmp_path: Path, slm
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     slmops("init", str(folder)).refused(2, "my-desk")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_of_a_help_text_is_understood(verb: str) -> None:
+    """Options that a command does not have would be an error here, as for the user who copies the line."""
+    module = importlib.import_module(f"slmops.cli.{f'{verb}_' if iskeyword(verb) else verb}")
+    text = re.sub(r"\\\n\s*", " ", getattr(module, "EPILOG", None) or "")
+    lines = [line.strip().partition("   ")[0] for line in text.splitlines() if line.startswith("  slmops ")]
+    for line in lines:
+        parser().parse_args(shlex.split(line)[1:])
 
 
 def test_a_part_of_the_plan_is_what_run_would_do_for_it(tmp_path: Path, slmops: Slmops) -> None:
