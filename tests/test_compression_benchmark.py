@@ -59,6 +59,8 @@ def test_one_of_our_own_ways_runs(tmp_path: Path) -> None:
         "1",
         "--only",
         "gptq",
+        "--skip",
+        "embedding",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "SLMOPS_BENCH": str(tmp_path)}
     done = subprocess.run(
