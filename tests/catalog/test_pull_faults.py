@@ -161,6 +161,11 @@ def test_wrong_bytes_are_never_taken(stand: tuple[Hub, Faults, str], tmp_path: P
             error = attempt(url, target)
             assert isinstance(error, IntegrityError) and "not those that the hub states" in str(error)
             faults.left.clear()
+            here, before = ask(url, target).here, len(hub.spans)
+            assert not until_done(url, target)
+            sent = sum(count for _name, _start, count, _right in hub.spans[before:])
+            assert sent == sum(len(body) for body in {*LARGE.values()}) - here, "what was written is not fetched again"
+            continue
         assert not until_done(url, target)
         assert_once(hub, but=name)
     assert faults.fired["wrong"] >= 20

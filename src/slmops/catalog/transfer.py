@@ -65,6 +65,8 @@ class Part:
         self.whole = folder / file.digest
         self.counts = [0] * max(1, -(-file.size // segment))
         self.lock = threading.Lock()
+        self.running = 0
+        """Segments that threads are at or have before them."""
         self.stream, self.counter = -1, -1
 
     def load(self) -> None:
@@ -245,7 +247,7 @@ class _Transfer:
 
     def __init__(self, origin: Origin, listing: Listing, pace: Pace, moved: Callable[[int, str], None]) -> None:
         self.origin, self.listing, self.pace, self.moved = origin, listing, pace, moved
-        self.stop = threading.Event()
+        self.stop, self.late = threading.Event(), threading.Event()
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.threads: list[threading.Thread] = []
@@ -257,6 +259,7 @@ class _Transfer:
         for part in parts:
             if not part.missing:
                 self._settle(part)
+            part.running = len(part.missing)
             for k in part.missing:
                 tasks.put((part, k))
                 count += 1
@@ -278,6 +281,7 @@ class _Transfer:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join(max(0.0, end - time.monotonic()))
+            self.late.set()  # until then what has come is written, though nothing more is asked for
         if self.errors:
             raise self.errors[0]
 
@@ -290,8 +294,10 @@ class _Transfer:
                     return
                 self._segment(part, k)
                 with part.lock:
-                    if part.stream >= 0 and not part.missing and not self.stop.is_set():
-                        self._settle(part)
+                    part.running -= 1
+                    last = not part.running
+                if last and not part.missing and not self.stop.is_set():  # no other thread has to do with it any more
+                    self._settle(part)
         except BaseException as error:
             self.errors.append(error)
             self.stop.set()
@@ -334,7 +340,7 @@ class _Transfer:
     def _read(self, part: Part, k: int, start: int, stop: int) -> None:
         with contextlib.closing(self.origin.read(self.listing, part.file, start, stop)) as chunks:
             for chunk in chunks:
-                if self.stop.is_set():
+                if self.late.is_set():
                     return
                 before = part.counts[k]
                 try:
