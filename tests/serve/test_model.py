@@ -13,8 +13,9 @@ import pytest
 
 from slmops.engines.minimal import write_minimal
 from slmops.errors import ModelError, ResourceError
-from slmops.serve.model import Model, RequestError, Settings
+from slmops.serve.model import Model, Settings
 from slmops.serve.sampling import Picking
+from slmops.serve.scheduler import RequestError
 
 pytestmark = pytest.mark.slow
 ENDLESS = Picking(logit_bias={4: -100.0})

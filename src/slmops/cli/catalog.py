@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.cli.bench import positive
-from slmops.cli.common import json_argument, print_json, say, size
+from slmops.cli.common import json_argument, print_json, ram, say, size
 from slmops.core.layout import columns
 
 if TYPE_CHECKING:
@@ -144,17 +144,17 @@ def _fits(found: list[Model], options: argparse.Namespace) -> int:
     from slmops.catalog import devices, fits
 
     device = devices.find(options.fits)
-    title, ram = (device.title, device.ram_bytes) if device else ("this machine", float(_ram()))
+    title, memory = (device.title, device.ram_bytes) if device else ("this machine", float(ram()))
     rows: list[tuple[Model, int, Need]] = []
     for model in found:
         context = min(options.context or fits.CONTEXT, model.context)
         if options.context is None or options.context <= model.context:
             rows.append((model, context, fits.need(model.config, context)))
-    fitting = [row for row in rows if row[2].total <= fits.usable(ram)][::-1]
-    basis = fits.basis(title, ram, options.context or fits.CONTEXT)
+    fitting = [row for row in rows if row[2].total <= fits.usable(memory)][::-1]
+    basis = fits.basis(title, memory, options.context or fits.CONTEXT)
     if options.json:
         print_json({
-            "device": options.fits, "ram_bytes": ram, "usable_bytes": fits.usable(ram), "basis": basis,
+            "device": options.fits, "ram_bytes": memory, "usable_bytes": fits.usable(memory), "basis": basis,
             "models": [
                 model.facts() | {"needs": {"context": context, "weights_bytes": need.weights, "cache_bytes": need.cache,
                                            "program_bytes": need.program, "total_bytes": need.total}}
@@ -242,7 +242,3 @@ def _languages(model: Model, most: int = 6) -> str:
 
 def _list(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
-
-
-def _ram() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slmops.cli.common import cores, json_argument, print_json, size
+from slmops.cli.common import cores, json_argument, print_json, ram, size
 from slmops.core.layout import columns
 
 HELP = "show what this machine has, what is missing, and the line that installs it"
@@ -160,7 +160,7 @@ def _memory() -> dict[str, int]:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # a Mac: it does not say what is free
-        return {"MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")} if hasattr(os, "sysconf") else {}
+        return {"MemTotal": ram()} if hasattr(os, "sysconf") else {}
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from slmops.convert.gguf import factors, sizes, tied
+from slmops.convert.gguf import sizes, tied, turning
 from slmops.convert.rounding import AT_ONCE, CANDIDATES
 from slmops.core import runtimes
 
@@ -228,15 +228,8 @@ def build(config: Mapping[str, Any], weights: Weights, context: int) -> Any:
         """Rotary cosines and sines, (context, size); 1 and 0 where a head is not turned."""
         import numpy as np
 
-        found = runtimes.rotary(config, layers)
-        rotated = int(size * found["partial_rotary_factor"])
-        speeds = found["rope_theta"] ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-        if found["rope_type"] == "linear":
-            speeds = speeds / found["factor"]
-        for name, divisors in factors(config).items():
-            if name != "rope_factors_long.weight":
-                speeds = speeds / divisors
-        stretch = runtimes.stretch(config) if found["rope_type"] == "longrope" else 1.0
+        speeds, stretch = turning(config, layers)
+        rotated = 2 * len(speeds)
         angles = np.outer(np.arange(context, dtype=np.float64), np.concatenate([speeds, speeds]))
         cos, sin = np.ones((context, size), np.float32), np.zeros((context, size), np.float32)
         cos[:, :rotated], sin[:, :rotated] = stretch * np.cos(angles), stretch * np.sin(angles)

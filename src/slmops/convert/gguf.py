@@ -412,6 +412,22 @@ def factors(config: Mapping[str, Any]) -> dict[str, Array]:
     return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
 
 
+def turning(config: Mapping[str, Any], layers: str) -> tuple[NDArray[np.float64], float]:
+    """Rotary speeds of a type of layer, one for each pair of numbers of a head that is turned, and what multiplies sines and cosines. Of
+    a phi3 those of its first context."""
+    import numpy as np
+
+    found = runtimes.rotary(config, layers)
+    rotated = int(sizes(config)[1] * found["partial_rotary_factor"])
+    speeds = found["rope_theta"] ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    if found["rope_type"] == "linear":
+        speeds = speeds / found["factor"]
+    for name, divisors in factors(config).items():
+        if name != "rope_factors_long.weight":
+            speeds = speeds / divisors
+    return speeds, runtimes.stretch(config) if found["rope_type"] == "longrope" else 1.0
+
+
 def tokens(writer: Any, vocabulary: gguf_vocabulary.Vocabulary) -> None:
     """The tokenizer's part of the file."""
     writer.add_tokenizer_model("gpt2")

@@ -151,6 +151,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
     context = min(runtimes.context(config), LONGEST)
     windows = runtimes.sliding(config) if gemma else [False] * config["num_hidden_layers"]
     layers = ["full_attention"] + (["sliding_attention"] if any(windows) else [])
+    turns = {layer: gguf.turning(config, layer) for layer in layers}
     return {
         "heads": heads, "size": size, "groups": groups, "hidden": config["hidden_size"], "eps": config["rms_norm_eps"],
         "context": context, "prefill": [length for length in PREFILL if length < context] or [max(2, context // 2)],
@@ -158,24 +159,8 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
         "scale": (config.get("query_pre_attn_scalar") or 256) ** -0.5 if gemma else size**-0.5,
         "windows": windows, "window": config.get("sliding_window") or 4096,
         "cap": config.get("final_logit_softcapping") if gemma else None,
-        "rotary": {layer: _turning(config, layer, size) for layer in layers},
+        "rotary": {layer: {"speeds": speeds.tolist(), "stretch": stretch} for layer, (speeds, stretch) in turns.items()},
     }  # fmt: skip
-
-
-def _turning(config: Mapping[str, Any], layers: str, size: int) -> dict[str, Any]:
-    """Rotary speeds of a type of layer, and what multiplies sines and cosines."""
-    import numpy as np
-
-    found = runtimes.rotary(config, layers)
-    rotated = int(size * found["partial_rotary_factor"])
-    speeds = found["rope_theta"] ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-    if found["rope_type"] == "linear":
-        speeds = speeds / found["factor"]
-    for name, divisors in gguf.factors(config).items():
-        if name != "rope_factors_long.weight":
-            speeds = speeds / divisors
-    stretch = runtimes.stretch(config) if found["rope_type"] == "longrope" else 1.0
-    return {"speeds": speeds.tolist(), "stretch": stretch}
 
 
 def _round(found: Mapping[str, gguf.Stored], params: Params, file: Path) -> tuple[dict[str, int], list[str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.convert.gguf import factors, sizes, tied
+from slmops.convert.gguf import sizes, tied, turning
 from slmops.convert.rounding import round_matrix
 from slmops.core import runtimes
 
@@ -154,15 +154,7 @@ def build(config: Mapping[str, Any], weights: Weights) -> Any:
 
     def turns(layers: str) -> tuple[Any, Any, int]:
         """Rotary cosines and sines, (rows, 1, new, rotated), and how much of a head they turn."""
-        found = runtimes.rotary(config, layers)
-        rotated = int(size * found["partial_rotary_factor"])
-        speeds = found["rope_theta"] ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-        if found["rope_type"] == "linear":
-            speeds = speeds / found["factor"]
-        for name, divisors in factors(config).items():
-            if name != "rope_factors_long.weight":
-                speeds = speeds / divisors
-        stretch = runtimes.stretch(config) if found["rope_type"] == "longrope" else 1.0
+        speeds, stretch = turning(config, layers)
         angles = ops.multiply(
             ops.unsqueeze(ops.convert(positions, "f32"), ints(1, 3)), number(speeds[None, None, None])
         )
@@ -170,7 +162,7 @@ def build(config: Mapping[str, Any], weights: Weights) -> Any:
         both = [ops.cos(angles), ops.sin(angles)]
         if stretch != 1.0:
             both = [ops.multiply(part, number(stretch)) for part in both]
-        return both[0], both[1], rotated
+        return both[0], both[1], 2 * len(speeds)
 
     def turn(x: Any, how: tuple[Any, Any, int]) -> Any:
         cos, sin, rotated = how

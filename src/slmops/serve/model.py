@@ -21,16 +21,13 @@ from typing import Any
 from slmops.engines.plain_tokenizer import PlainTokenizer
 from slmops.errors import ModelError, ResourceError, SlmopsError
 from slmops.serve.sampling import Picking
+from slmops.serve.scheduler import RequestError, check_length
 from slmops.serve.text import Stop, Stream
 
 LONGEST_LINE = 1 << 24
 PATIENCE_S = 30.0
 HEALTHY_S = 300.0
 """A model that ran so long had no reason to die that lasts."""
-
-
-class RequestError(ModelError):
-    """What was asked cannot be done by this model: the client has to ask for something else."""
 
 
 @dataclass(frozen=True)
@@ -208,14 +205,10 @@ class Model:
             ResourceError: too many requests wait, or the model failed a moment ago.
         """
         await self.start()
-        room = self.context_length - len(prompt)
         if not self.ready:
             raise ModelError(f"the process of the model {self.settings.name} ended", "ask again")
-        if not 0 < room < self.context_length:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {self.context_length}, answer included",
-                "shorten the prompt, or serve a model with a longer context",
-            )
+        room = self.context_length - len(prompt)
+        check_length(prompt, self.context_length)
         odd = [id for id in (*prompt, *how.logit_bias) if not 0 <= id < self.vocabulary]
         if odd:
             raise RequestError(f"the model has no token {odd[0]}: it has {self.vocabulary}", "leave it out")

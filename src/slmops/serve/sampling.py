@@ -50,11 +50,6 @@ class Picking:
     logprobs: int | None = None
 
     @property
-    def plain(self) -> bool:
-        """The most likely token of the logits as they are."""
-        return self.temperature == 0 and not self.changes
-
-    @property
     def changes(self) -> bool:
         """Whether logits are changed before the temperature."""
         return bool(self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty or self.logit_bias)

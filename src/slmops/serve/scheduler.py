@@ -33,6 +33,23 @@ Allow = Callable[[Sequence[int]], "NDArray[np.bool_] | None"]
 """Which tokens may come after those of an answer, (vocabulary,); None: all."""
 
 
+class RequestError(ModelError):
+    """What was asked cannot be done by this model: the client has to ask for something else."""
+
+
+def check_length(prompt: Sequence[int], context: int) -> None:
+    """Refuse a prompt that is empty or leaves no room for an answer in a context of so many tokens.
+
+    Raises:
+        RequestError: it does.
+    """
+    if not 0 < len(prompt) < context:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens, but the context holds {context}, answer included",
+            "shorten the prompt, or serve a model with a longer context",
+        )
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt to answer.
@@ -107,17 +124,12 @@ class Scheduler:
         """Take a request, to be answered in steps to come.
 
         Raises:
-            ModelError: the prompt is empty or leaves no room for an answer.
+            RequestError: the prompt is empty or leaves no room for an answer, or none is wanted.
             ResourceError: too many wait.
         """
-        length, context = len(request.prompt), self._engine.context_length
-        if not 0 < length < context:
-            raise ModelError(
-                f"the prompt has {length} tokens, but the context holds {context}, answer included",
-                "shorten the prompt, or serve a model with a longer context",
-            )
+        check_length(request.prompt, self._engine.context_length)
         if request.most < 1:
-            raise ModelError("no token may be written", "ask for at least one")
+            raise RequestError("no token may be written", "ask for at least one")
         if len(self._waiting) >= self._most + self._engine.rows - len(self._busy):
             raise ResourceError(f"{len(self._waiting)} requests are waiting already", "try again later")
         self._waiting.append(request)

@@ -20,8 +20,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from slmops.errors import ResourceError, SlmopsError
-from slmops.serve.model import Model, Piece, RequestError
+from slmops.serve.model import Model, Piece
 from slmops.serve.sampling import Picking
+from slmops.serve.scheduler import RequestError
 
 PATIENCE_S = 1
 UNIONS = ("str", "list[str]", "list[int]", "list[list[int]]", "list[Part]", "constrained-str")
