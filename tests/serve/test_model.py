@@ -13,7 +13,7 @@ import pytest
 
 from slmops.engines.minimal import write_minimal
 from slmops.errors import ModelError, ResourceError
-from slmops.serve.model import Model, Settings
+from slmops.serve.model import Ask, Model, Settings
 from slmops.serve.sampling import Picking
 from slmops.serve.scheduler import RequestError
 
@@ -46,11 +46,11 @@ def test_who_leaves_an_answer_has_it_cancelled(folder: Path) -> None:
         await model.start()
         write = model._write
         model._write = lambda command: (told.append(command), write(command))[1]  # type: ignore[method-assign, func-returns-value]
-        answer = model.answer([7, 8], None, ENDLESS)
+        answer = model.answer(Ask([7, 8], None, ENDLESS))
         await anext(answer)
         await answer.aclose()
         assert "ask" in told[0] and told[1:] == [{"cancel": told[0]["ask"]["id"]}]
-        whole = [piece async for piece in model.answer([7, 8], 3, ENDLESS)]
+        whole = [piece async for piece in model.answer(Ask([7, 8], 3, ENDLESS))]
         assert len(whole) == 3 and len(told) == 3, "an answer that ended is not cancelled"
 
     using(folder, work)
@@ -60,8 +60,8 @@ def test_impatient_clients_neither_stop_the_loading_nor_start_it_again(folder: P
     async def work(model: Model) -> None:
         for _ in range(3):
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(anext(model.answer([7], 2, Picking())), 0.001)
-        assert [piece async for piece in model.answer([7], 2, ENDLESS)] and model.deaths == 0
+                await asyncio.wait_for(anext(model.answer(Ask([7], 2, Picking()))), 0.001)
+        assert [piece async for piece in model.answer(Ask([7], 2, ENDLESS))] and model.deaths == 0
         assert model.pid is not None and len(children()) == 1
 
     using(folder, work)
@@ -70,14 +70,14 @@ def test_impatient_clients_neither_stop_the_loading_nor_start_it_again(folder: P
 
 def test_what_the_model_cannot_take_is_the_client_s_and_harms_nobody(folder: Path) -> None:
     async def work(model: Model) -> None:
-        other = model.answer([7, 8], 40, ENDLESS)
+        other = model.answer(Ask([7, 8], 40, ENDLESS))
         await anext(other)
         bad: list[tuple[list[int], Picking]] = [
             ([300], Picking(repetition_penalty=1.1)), ([7], Picking(logit_bias={300: 1.0})), ([], Picking()), ([7] * 64, Picking()),
         ]  # fmt: skip
         for prompt, how in bad:
             with pytest.raises(RequestError):
-                await anext(model.answer(prompt, 2, how))
+                await anext(model.answer(Ask(prompt, 2, how)))
         assert len([piece async for piece in other]) == 39 and model.deaths == 0
 
     using(folder, work)
@@ -85,7 +85,7 @@ def test_what_the_model_cannot_take_is_the_client_s_and_harms_nobody(folder: Pat
 
 def test_a_process_that_dies_is_said_and_comes_back_by_itself(folder: Path) -> None:
     async def work(model: Model) -> None:
-        answers = [model.answer([7, 8], None, ENDLESS) for _ in range(6)]
+        answers = [model.answer(Ask([7, 8], None, ENDLESS)) for _ in range(6)]
         await anext(answers[0])
         rest = [asyncio.ensure_future(anext(answer)) for answer in answers[1:]]
         await asyncio.sleep(0)

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from slmops.errors import MissingExtraError, SlmopsError
-from slmops.serve.model import Model, Settings
+from slmops.serve.model import Settings
+from slmops.serve.pool import Pool
 
 LARGEST_BODY = 4 << 20
 DRAIN_S = 600.0
@@ -66,8 +67,8 @@ class State:
         self.open = 0
 
 
-def application(models: Sequence[Model], state: State) -> Any:
-    """The ASGI application over some models, which it starts and stops.
+def application(pool: Pool, state: State) -> Any:
+    """The ASGI application over some models, which it stops at its end.
 
     Raises:
         MissingExtraError: starlette is not installed.
@@ -83,13 +84,13 @@ def application(models: Sequence[Model], state: State) -> Any:
     from slmops.serve.dialects.openai import OpenAi
     from slmops.serve.dialects.openai import error as refuse
 
-    openai = OpenAi(models)
+    openai = OpenAi(pool)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:
-        loaded = {model.settings.name: model.ready for model in models}
+        loaded = {model.settings.name: model.ready for model in pool}
         good = all(loaded.values()) and not state.draining
         return JSONResponse({"ready": good, "draining": state.draining, "models": loaded}, 200 if good else 503)
 
@@ -104,8 +105,7 @@ def application(models: Sequence[Model], state: State) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
-        for model in models:
-            await model.stop()
+        await pool.stop()
 
     routes = [
         Route("/healthz", health),
@@ -136,8 +136,8 @@ def serve(wanted: Sequence[Settings], host: str, port: int, say: Callable[[str],
     except ImportError as error:
         raise MissingExtraError("The server", "serve") from error
     state = State()
-    models = [Model(settings) for settings in wanted]
-    app = application(models, state)
+    pool = Pool(wanted)
+    app = application(pool, state)
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=75)
 
     class Server(uvicorn.Server):  # type: ignore[misc]
@@ -162,10 +162,9 @@ def serve(wanted: Sequence[Settings], host: str, port: int, say: Callable[[str],
         server = Server(config)
         socket = _bound(config)
         try:
-            for model in models:
-                await model.start()
+            await pool.start()
             address = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
-            for model in models:
+            for model in pool:
                 s = model.settings
                 say(f"{s.name}: {s.rows} answers at a time, {model.context_length} tokens each")
             say(f"serving {address}/v1")
@@ -176,8 +175,7 @@ def serve(wanted: Sequence[Settings], host: str, port: int, say: Callable[[str],
                 await server._serve([socket])
         finally:
             socket.close()
-            for model in models:
-                await model.stop()
+            await pool.stop()
 
     asyncio.run(main())
 

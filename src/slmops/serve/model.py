@@ -50,6 +50,23 @@ class Piece:
     likely: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What an answer is asked for with.
+
+    Attributes:
+        prompt: token ids.
+        most: new tokens; None: as many as the context has room for.
+        how: how they are picked.
+        stops: texts that end the answer, themselves left out.
+    """
+
+    prompt: Sequence[int]
+    most: int | None = None
+    how: Picking = field(default_factory=Picking)
+    stops: Sequence[str] = ()
+
+
 @dataclass
 class Settings:
     """How a model is served: `rows` answers at a time, `context` tokens each (None: as the model can), `queue` more requests waiting."""
@@ -188,16 +205,8 @@ class Model:
         """Token ids of a rendered prompt."""
         return self.tokenizer.encode(messages)
 
-    async def answer(
-        self, prompt: Sequence[int], most: int | None, how: Picking, stops: Sequence[str] = ()
-    ) -> AsyncGenerator[Piece, None]:
+    async def answer(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         """The pieces of an answer. Whoever leaves the iteration early frees its row at once.
-
-        Args:
-            prompt: token ids.
-            most: new tokens; None: as many as the context has room for.
-            how: how they are picked.
-            stops: texts that end the answer, themselves left out.
 
         Raises:
             RequestError: the prompt does not fit, or has a token that the model has not.
@@ -207,6 +216,7 @@ class Model:
         await self.start()
         if not self.ready:
             raise ModelError(f"the process of the model {self.settings.name} ended", "ask again")
+        prompt, how = ask.prompt, ask.how
         room = self.context_length - len(prompt)
         check_length(prompt, self.context_length)
         odd = [id for id in (*prompt, *how.logit_bias) if not 0 <= id < self.vocabulary]
@@ -219,9 +229,9 @@ class Model:
         self._open[id] = found
         changed = {name: value for name, value in asdict(how).items() if value != getattr(Picking(), name)}
         self._write(
-            {"ask": {"id": id, "prompt": list(prompt), "most": max(1, min(most or room, room)), "how": changed}}
+            {"ask": {"id": id, "prompt": list(prompt), "most": max(1, min(ask.most or room, room)), "how": changed}}
         )
-        stream, stop, ended = Stream(self.tokenizer), Stop(stops), False
+        stream, stop, ended = Stream(self.tokenizer), Stop(ask.stops), False
         try:
             while not ended:
                 row = await found.get()

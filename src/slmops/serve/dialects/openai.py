@@ -20,7 +20,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from slmops.errors import ResourceError, SlmopsError
-from slmops.serve.model import Model, Piece
+from slmops.serve.model import Ask, Model, Piece
+from slmops.serve.pool import Pool
 from slmops.serve.sampling import Picking
 from slmops.serve.scheduler import RequestError
 
@@ -167,26 +168,26 @@ def of(failure: SlmopsError, param: str) -> Response:
 
 
 class OpenAi:
-    """The routes over some models."""
+    """The routes over the models of a server."""
 
-    def __init__(self, models: Sequence[Model]) -> None:
-        self._models = {model.settings.name: model for model in models}
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     async def models(self, request: Request) -> Response:
         """`/v1/models`."""
-        found = [self._card(model) for model in self._models.values()]
+        found = [self._card(model) for model in self._pool]
         return JSONResponse({"object": "list", "data": found})
 
     async def model(self, request: Request) -> Response:
         """`/v1/models/NAME`."""
-        model = self._models.get(request.path_params["name"])
+        model = self._pool.find(request.path_params["name"])
         return JSONResponse(self._card(model)) if model else self._unknown(request.path_params["name"])
 
     def _card(self, model: Model) -> dict[str, Any]:
         return {"id": model.settings.name, "object": "model", "created": model.created, "owned_by": "slmops"}
 
     def _unknown(self, name: str) -> Response:
-        known = ", ".join(self._models)
+        known = ", ".join(self._pool.names)
         return error(404, f"there is no model {name}; there are: {known}", param="model", code="model_not_found")
 
     async def chat(self, request: Request) -> Response:
@@ -194,7 +195,7 @@ class OpenAi:
         wanted = await _parsed(request, Chat)
         if isinstance(wanted, Response):
             return wanted
-        model = self._models.get(wanted.model)
+        model = self._pool.find(wanted.model)
         if model is None:
             return self._unknown(wanted.model)
         try:
@@ -210,7 +211,7 @@ class OpenAi:
         wanted = await _parsed(request, Completion)
         if isinstance(wanted, Response):
             return wanted
-        model = self._models.get(wanted.model)
+        model = self._pool.find(wanted.model)
         if model is None:
             return self._unknown(wanted.model)
         prompts = await asyncio.to_thread(_prompts, wanted.prompt, model)
@@ -230,7 +231,8 @@ class OpenAi:
         if wanted.logit_bias and not all(0 <= id < model.tokenizer.size for id in wanted.logit_bias):
             return error(400, f"a token id is not below {model.tokenizer.size}", param="logit_bias")
         asked = [(prompt, number) for prompt in prompts for number in range(wanted.n)]
-        streams = [model.answer(p, most, wanted.picking(number, logprobs), wanted.stops) for p, number in asked]
+        asks = [Ask(prompt, most, wanted.picking(number, logprobs), wanted.stops) for prompt, number in asked]
+        streams = [model.answer(ask) for ask in asks]
         pieces = _together(streams)
         lengths = sum(map(len, prompts))
         try:  # the first piece tells whether the model takes the request at all
