@@ -35,9 +35,9 @@ $(VENV)/.llamacpp: pyproject.toml constraints.txt $(VENV)/.dev
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llamacpp]'
 	@touch $@
 
-# MLX, OpenVINO, LiteRT and ExecuTorch, which only slow tests need: 140 MB to fetch, 580 MB on the disk.
+# MLX, OpenVINO, LiteRT and ExecuTorch, and Azure's SDK, which only slow tests need: 140 MB to fetch, 580 MB on the disk.
 $(VENV)/.formats: pyproject.toml constraints.txt $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx,openvino,litert,executorch]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx,openvino,litert,executorch,azure]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 
-def pull(endpoint: str, target: str, last: int, pace: dict[str, int]) -> None:
-    """Pull hf:acme/desk into `target`, and die by SIGKILL before the operation `last` on the disk; 0: never."""
+def pull(endpoint: str, target: str, last: int, pace: dict[str, int], model: str = "hf:acme/desk") -> None:
+    """Pull a model into `target`, and die by SIGKILL before the operation `last` on the disk; 0: never."""
     os.environ["HF_ENDPOINT"] = endpoint
     from slmops.catalog.pull import Wish, get, plan
     from slmops.catalog.source import parse
@@ -32,4 +32,4 @@ def pull(endpoint: str, target: str, last: int, pace: dict[str, int]) -> None:
         os.pwrite, os.link, os.ftruncate = counted(os.pwrite), counted(os.link), counted(os.ftruncate)
         for name in ("replace", "unlink", "mkdir"):
             setattr(Path, name, counted(getattr(Path, name)))
-    get(plan(parse("hf:acme/desk"), Wish(run=False), Path(target), pace=Pace(**pace)), pace=Pace(**pace))
+    get(plan(parse(model), Wish(run=False), Path(target), pace=Pace(**pace)), pace=Pace(**pace))

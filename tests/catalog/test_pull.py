@@ -234,7 +234,6 @@ def test_onnx_of_one_folder(stand: Stand, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("azure:phi-4", "Azure"), ("oci:ghcr.io/x", "OCI"), ("qwen3:0.6b", "Ollama"), ("ollama:qwen3", "Ollama"),
         ("hf:a/../b", "not the name"), ("hf:acme/desk@../x", "not the name"), ("hf:acme/desk/more", "not the name"),
         ("./none", "is not there"), ("desk", "neither a path nor"),
     ],

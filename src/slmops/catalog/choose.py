@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from slmops.catalog.hub import File
+from slmops.catalog.hub import File, Listing
 from slmops.errors import ModelError
 
 BESIDE = (
@@ -51,12 +51,19 @@ def is_code(name: str) -> bool:
 
 
 def choose(
-    files: Sequence[File], model: str, only: Sequence[str] = (), *, pickles: bool = False, code: bool = False
+    files: Sequence[File],
+    model: str,
+    only: Sequence[str] = (),
+    *,
+    pickles: bool = False,
+    code: bool = False,
+    beside: Collection[str] = (),
 ) -> Choice:
     """Choose what to take.
 
     Args:
         only: patterns; weights that match none of them are left out.
+        beside: names that go with any weights.
         pickles: take pickles too, where there is nothing safer or `only` names them.
         code: take programs too. Nothing runs them.
 
@@ -68,6 +75,8 @@ def choose(
     folders = {"", *(_folder(name) for name in weights)}
     taken = set(weights)
     for name in names - {RECORD}:
+        if name in beside:
+            taken.add(name)
         if _folder(name) in folders and any(fnmatch.fnmatchcase(PurePosixPath(name).name, p) for p in BESIDE):
             taken.add(name)
         if code and is_code(name) and _folder(name) in folders:
@@ -75,6 +84,17 @@ def choose(
     left = tuple(sorted((name, _reason(name, only)) for name in names - taken))
     order = sorted((file for file in files if file.name in taken), key=lambda file: file.name)
     return Choice(form, tuple(order), left)
+
+
+def packed(listing: Listing, *, code: bool = False) -> Choice:
+    """What to fetch of a model that comes in archives: all but code. What is in them is chosen from when they are there."""
+    kept = [
+        file
+        for file in listing.files
+        if code or not (file.name in listing.archives and listing.archives[file.name].code)
+    ]
+    left = [(file.name, "code, which is not needed: --allow-code") for file in listing.files if file not in kept]
+    return Choice("in archives", tuple(kept), tuple(sorted([*left, *listing.left])))
 
 
 def _folder(name: str) -> str:

@@ -12,8 +12,8 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +23,8 @@ from slmops.errors import MissingExtraError, ModelError, UnreachableError
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PATIENCE = 120.0
 """Seconds: a hub that asks for a longer pause is reported and not waited for."""
+CUT = "the connection was cut"
+MIRROR = "check HF_ENDPOINT, or use another mirror"
 _BLOCK = 1 << 20
 
 
@@ -31,17 +33,23 @@ class File:
     """One file: where it stands in the repository, its bytes, and the checksum that they must have.
 
     Attributes:
-        kind: `sha256` of the content, or `git`: SHA-1 of `blob SIZE` NUL and the content.
+        kind: `sha256` or `md5` of the content, or `git`: SHA-1 of `blob SIZE` NUL and the content, or `etag`: a mark of one version of
+            it, whose pieces are checked as they come.
     """
 
     name: str
     size: int
-    kind: Literal["sha256", "git"]
+    kind: Literal["sha256", "git", "md5", "etag"]
     digest: str
 
     def of(self, path: Path) -> str:
-        """The checksum of this kind of the bytes at `path`."""
-        made = hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        """The checksum of this kind of the bytes at `path`; a mark of a version says nothing of them."""
+        if self.kind == "etag":
+            return self.digest
+        if self.kind == "git":
+            made = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        else:
+            made = hashlib.sha256() if self.kind == "sha256" else hashlib.md5(usedforsecurity=False)
         with path.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 made.update(block)
@@ -49,8 +57,23 @@ class File:
 
 
 @dataclass(frozen=True)
+class Archive:
+    """How a file is packed (`tar`, `tar+gzip`), and whether it holds code."""
+
+    packing: str
+    code: bool = False
+
+
+@dataclass(frozen=True)
 class Listing:
-    """What a repository holds at one commit."""
+    """What a repository holds at one commit.
+
+    Attributes:
+        about: what its makers say of the model in a few words.
+        archives: files that are unpacked when they are there.
+        beside: files that are taken with any weights; `left`: those that are not, and why.
+        who, mirror: the service and what helps if it fails, as messages name them.
+    """
 
     source: Source
     commit: str
@@ -58,14 +81,20 @@ class Listing:
     licence: str | None = None
     endpoint: str = ""
     gated: bool = False
+    about: str = ""
+    archives: Mapping[str, Archive] = field(default_factory=dict)
+    beside: frozenset[str] = frozenset()
+    left: tuple[tuple[str, str], ...] = ()
+    who: str = "the hub"
+    mirror: str = "use another mirror (HF_ENDPOINT)"
 
 
 class Again(Exception):
-    """Another try may help; `wait`: seconds that the hub asks for, or None."""
+    """Another try may help; `wait`: seconds that the service asks for, or None; `hint`: what to do if no try does."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, hint: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.wait = reason, wait
+        self.reason, self.wait, self.hint = reason, wait, hint
 
 
 class Origin(Protocol):
@@ -92,7 +121,7 @@ class Hub:
         self.client = huggingface_hub
         self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         self.shown = re.sub(r"//[^/@]*@", "//", self.endpoint)
-        self.timeout = timeout or float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 20)
+        self.timeout = timeout or patience()
 
     def listing(self, source: Source) -> Listing:
         """The files of the repository at the commit that its revision names now.
@@ -101,7 +130,7 @@ class Hub:
             Again: another try may help.
             ModelError: no such repository or revision, no access, or an unsafe name in it.
         """
-        self._refuse_offline(source)
+        refuse_offline(source)
         try:
             info = self.client.HfApi(endpoint=self.endpoint).model_info(
                 source.name, revision=source.revision, files_metadata=True, timeout=self.timeout
@@ -119,7 +148,7 @@ class Hub:
         licence = licence or next((tag.partition(":")[2] for tag in tags if tag.startswith("license:")), None)
         licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
         files = tuple(_file(sibling, str(source)) for sibling in siblings)
-        return Listing(source, commit, files, _plain(str(licence or "")) or None, self.shown, bool(info.gated))
+        return Listing(source, commit, files, plain(str(licence or "")) or None, self.shown, bool(info.gated))
 
     def read(self, listing: Listing, file: File, start: int, stop: int) -> Generator[bytes, None, None]:
         """The bytes from `start` to before `stop` of a file, as they come; they may end early or be too many.
@@ -140,9 +169,9 @@ class Hub:
                     response.read()
                 self.client.utils.hf_raise_for_status(response)
                 if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise ModelError(f"{name}: the hub compresses what it sends, which has no parts", _MIRROR)
-                skip = _skip(response, file, start, stop, name)
-                yield from _after(response.iter_raw(), skip)
+                    raise ModelError(f"{name}: the hub compresses what it sends, which has no parts", MIRROR)
+                skip = span(response, file, start, stop, name)
+                yield from after(response.iter_raw(), skip)
         except (ModelError, Again):
             raise
         except Exception as error:
@@ -152,10 +181,21 @@ class Hub:
         """The files as they are: the hub states all checksums."""
         return tuple(files)
 
-    def _refuse_offline(self, source: Source) -> None:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            message, hint = _OFFLINE
-            raise UnreachableError(f"{source}: {message}: HF_HUB_OFFLINE is set", hint)
+
+def refuse_offline(source: Source) -> None:
+    """Refuse to ask anybody where the user does not want it.
+
+    Raises:
+        UnreachableError: HF_HUB_OFFLINE is set, which holds for every service.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        said = _OFFLINE[0] if source.kind == "hub" else "nobody is asked"
+        raise UnreachableError(f"{source}: {said}: HF_HUB_OFFLINE is set", _OFFLINE[1])
+
+
+def patience() -> float:
+    """Seconds of silence that are a failure."""
+    return float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 20)
 
 
 def _file(sibling: Any, model: str) -> File:
@@ -163,11 +203,11 @@ def _file(sibling: Any, model: str) -> File:
     digest = str((lfs["sha256"] if isinstance(lfs, dict) else lfs.sha256) if lfs else sibling.blob_id)
     wanted = r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}"
     if not isinstance(sibling.size, int) or sibling.size < 0 or not re.fullmatch(wanted, digest):
-        raise ModelError(f"{model}: the hub states no size or checksum of {sibling.rfilename}", _MIRROR)
+        raise ModelError(f"{model}: the hub states no size or checksum of {sibling.rfilename}", MIRROR)
     return File(sibling.rfilename, sibling.size, "sha256" if lfs else "git", digest)
 
 
-def _skip(response: Any, file: File, start: int, stop: int, name: str) -> int:
+def span(response: Any, file: File, start: int, stop: int, name: str, hint: str = MIRROR, who: str = "the hub") -> int:
     """How many bytes of the body come before `start`.
 
     Raises:
@@ -175,18 +215,19 @@ def _skip(response: Any, file: File, start: int, stop: int, name: str) -> int:
         ModelError: the whole of a large file comes each time.
     """
     if response.status_code == 206:
-        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-        if not span or int(span[1]) != start or span[3] not in ("*", str(file.size)):
-            raise Again("the hub sent other bytes than those asked for")
+        said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+        if not said or int(said[1]) != start or said[3] not in ("*", str(file.size)):
+            raise Again(f"{who} sent other bytes than those asked for")
         return 0
     if response.status_code != 200:
-        raise Again(f"the hub answered {response.status_code}")
+        raise Again(f"{who} answered {response.status_code}")
     if stop < file.size:
-        raise ModelError(f"{name}: {response.url.host} does not serve parts of files", _MIRROR)
+        raise ModelError(f"{name}: {response.url.host} does not serve parts of files", hint)
     return start
 
 
-def _after(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
+def after(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
+    """The bytes without the first `skip`."""
     for chunk in chunks:
         if skip < len(chunk):
             yield chunk[skip:]
@@ -210,36 +251,36 @@ def wrapped(error: BaseException, name: str, endpoint: str = "") -> ModelError |
         if kind in kinds:
             return ModelError(f"{name}: {message}", hint)
     if status == 429:
-        return Again("the hub asks for fewer requests (429)", _wait(response))
+        return Again("the hub asks for fewer requests (429)", wait_of(response))
     if status in (408, 425) or status >= 500:
-        return Again(f"the hub is not well just now ({status})", _wait(response))
+        return Again(f"the hub is not well just now ({status})", wait_of(response))
     if status in (401, 403):
         return ModelError(f"{name}: the hub refuses access ({status})", "check what HF_TOKEN may read")
     if kinds & {"ConnectError", "ConnectTimeout", "ConnectionError", "UnsupportedProtocol", "ProxyError"}:
         return Again(f"the hub cannot be reached{f' at {endpoint}' if endpoint else ''}")
     if kinds & {"TransportError", "StreamError", "RequestException", "OSError"} and not status:
-        return Again(_CUT if "TimeoutException" not in kinds else "the hub fell silent")
-    text = _plain((str(error).strip().splitlines() or [type(error).__name__])[0])
+        return Again(CUT if "TimeoutException" not in kinds else "the hub fell silent")
+    text = plain((str(error).strip().splitlines() or [type(error).__name__])[0])
     if kinds & {"JSONDecodeError", "KeyError", "TypeError", "ValueError"} and not status:
-        return ModelError(f"{name}: {endpoint or 'the hub'} does not answer as a hub does: {text}", _MIRROR)
+        return ModelError(f"{name}: {endpoint or 'the hub'} does not answer as a hub does: {text}", MIRROR)
     return ModelError(f"{name}: download failed: {text}", KEPT)
 
 
 def given_up(again: Again, name: str) -> ModelError:
     """The error for who has tried often enough."""
     if "reached" in again.reason:
-        return UnreachableError(f"{name}: {again.reason}", _OFFLINE[1] + "; what is here is kept")
+        return UnreachableError(f"{name}: {again.reason}", (again.hint or _OFFLINE[1]) + "; what is here is kept")
     if again.wait:
         return ModelError(f"{name}: {again.reason}", f"run again in {again.wait:.0f} s: what is here is kept")
     return ModelError(f"{name}: download failed: {again.reason}", KEPT)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Foreign text without what a terminal would obey, and not endless."""
     return "".join(letter for letter in text if letter.isprintable())[:300]
 
 
-def _wait(response: Any) -> float | None:
+def wait_of(response: Any) -> float | None:
     """Seconds that the hub asks for: Retry-After, or `t` of its RateLimit."""
     after = str(response.headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"\d{1,6}(\.\d+)?", after):
@@ -254,8 +295,6 @@ def _wait(response: Any) -> float | None:
     return float(limit[1]) if limit else None
 
 
-_CUT = "the connection was cut"
-_MIRROR = "check HF_ENDPOINT, or use another mirror"
 KEPT = "run again: what is here is kept"
 _OFFLINE = ("the hub cannot be reached", "check the network and HF_ENDPOINT, or give a local folder")
 _KNOWN: tuple[tuple[str, str, str], ...] = (
@@ -266,5 +305,5 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     ("DisabledRepoError", "the hub has shut this model off", "see its page for the reason"),
     ("HFValidationError", "is not the name of a model", "write hf:ORG/NAME or hf:ORG/NAME@REVISION"),
     ("OfflineModeIsEnabled", *_OFFLINE),
-    ("TooManyRedirects", "the hub redirects in a circle", _MIRROR),
+    ("TooManyRedirects", "the hub redirects in a circle", MIRROR),
 )

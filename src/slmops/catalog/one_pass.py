@@ -184,7 +184,7 @@ def _gguf(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         import llama_cpp
     except ImportError:
         raise _Skip("llama-cpp-python is not installed (pip install 'slmops[llamacpp]')") from None
-    first = min(name for name in names if name.endswith(".gguf"))
+    first = min(name for name in names if name.endswith(".gguf") and not name.startswith(("mmproj", "adapter/")))
     model = llama_cpp.Llama(str(folder / first), n_ctx=64, n_batch=64, logits_all=False, verbose=False)
     vocabulary = int(model.n_vocab())
     ids = _round_trip(

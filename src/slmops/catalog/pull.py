@@ -1,4 +1,4 @@
-"""Get a model whole and safe into a folder of its own: from a hub, or from another folder.
+"""Get a model whole and safe into a folder of its own: from a hub, a registry, or another folder.
 
 Promises: the folder appears at once, whole and checked, or not at all; a pull that was ended anyhow goes on where it was;
 two pulls of one folder wait for each other; a second pull of what is there moves no bytes. Nothing of the repository is
@@ -15,19 +15,19 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slmops.catalog import check
-from slmops.catalog.choose import RECORD, Choice, choose
+from slmops.catalog.choose import RECORD, Choice, choose, packed
 from slmops.catalog.folder import Folder
 from slmops.catalog.hub import PATIENCE, Again, File, Hub, Listing, Origin, given_up
-from slmops.catalog.source import Source, refusal
+from slmops.catalog.source import Source, flat, refusal
 from slmops.catalog.transfer import Pace, present, refuse_full, transfer
+from slmops.catalog.tree import build, link, opened, recover, sealed
 from slmops.errors import ModelError, RefusedError, UnreachableError
 from slmops.store.files import fsync_folder, read_json, remove_tree, write_json
 
@@ -51,7 +51,8 @@ class Plan:
     Attributes:
         here: bytes that are there already, from an earlier pull or a part of one.
         current: the folder holds all of it; nothing is left to do.
-        unreachable: why the hub was not asked, where the folder is taken as it is.
+        unreachable: why nobody was asked, where the folder is taken as it is.
+        origin: who was asked, and is asked for the bytes.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class Plan:
     here: int
     current: bool
     unreachable: str = ""
+    origin: Origin | None = field(default=None, compare=False)
 
 
 def cache() -> Path:
@@ -80,12 +82,23 @@ def place(source: Source) -> Path:
 
         mark = hashlib.sha256(source.name.encode()).hexdigest()[:8]
         return cache() / "local" / f"{Path(source.name).name or 'root'}-{mark}"
+    if source.kind != "hub":
+        name = re.sub(r"^http://", "", source.name).replace(":", "_")
+        return cache() / source.kind / name / (source.revision or "latest").replace(":", "-")
     revision = f"@{source.revision.replace('/', '--')}" if source.revision else ""
     return cache() / "hub" / f"{source.name}{revision}"
 
 
 def origin_of(source: Source) -> Origin:
     """What to read a source from."""
+    if source.kind in ("ollama", "oci"):
+        from slmops.catalog.artifact import Registry
+
+        return Registry()
+    if source.kind == "azure":
+        from slmops.catalog.foundry import Foundry
+
+        return Foundry()
     return Folder() if source.kind == "path" else Hub()
 
 
@@ -111,7 +124,7 @@ def listed(origin: Origin, source: Source, pace: Pace) -> Listing:
 def plan(
     source: Source, wish: Wish, target: Path | None = None, origin: Origin | None = None, pace: Pace = Pace()
 ) -> Plan:
-    """Ask what there is and decide what to take; no file is fetched or written.
+    """Ask what there is and decide what to take; no file is written, and none but short descriptions read.
 
     Raises:
         ModelError: nothing that may be taken, or the folder is someone else's.
@@ -129,25 +142,36 @@ def plan(
         raise ModelError(f"{target} is where the model is already", "name another folder with --to")
     record = _record(target)
     try:
-        listing = listed(origin or origin_of(source), source, pace)
+        origin = origin or origin_of(source)
+        listing = listed(origin, source, pace)
     except UnreachableError as error:
         known = _remembered(record, source, wish, target)
         if known is None:
             raise
         return Plan(source, *known, wish, target, known[1].size, True, error.message.partition(": ")[2])
-    choice = choose(listing.files, str(source), wish.only, pickles=wish.pickles, code=wish.code)
-    if _holds(record, target, listing, choice):
+    choice = _choose(listing, wish)
+    if _holds(record, target, listing, choice, wish):
         return Plan(source, listing, choice, wish, target, choice.size, True)
     _refuse_foreign(target, record)
     stage = _stage(target)
-    here = present(stage / "blobs", choice.files, pace) if source.kind == "hub" else 0
-    held = set(_held(record, target).values())
+    here = present(stage / "blobs", choice.files, pace) if source.kind != "path" else 0
+    held = _known(record, target)
     here += sum(
         file.size for file in choice.files if file.digest in held and not (stage / "blobs" / file.digest).exists()
     )
     parent = next(folder for folder in (target.parent, *target.parent.parents) if folder.is_dir())
-    refuse_full(parent, max(0, choice.size - here), str(source))
-    return Plan(source, listing, choice, wish, target, min(here, choice.size), False)
+    unpacked = sum(file.size for file in choice.files if file.name in listing.archives)
+    refuse_full(parent, max(0, choice.size - here) + unpacked, str(source))
+    return Plan(source, listing, choice, wish, target, min(here, choice.size), False, origin=origin)
+
+
+def _choose(listing: Listing, wish: Wish) -> Choice:
+    if listing.archives:
+        return packed(listing, code=wish.code)
+    choice = choose(
+        listing.files, str(listing.source), wish.only, pickles=wish.pickles, code=wish.code, beside=listing.beside
+    )
+    return dataclasses.replace(choice, left_out=tuple(sorted([*choice.left_out, *listing.left])))
 
 
 def get(
@@ -179,11 +203,11 @@ def get(
                 if _over(stage):
                     _clear(stage)
         return {**_late(plan, _record(target) or {}), "fetched": 0}
-    origin = origin or origin_of(plan.source)
+    origin = origin or plan.origin or origin_of(plan.source)
     with _alone(stage, waiting):
         _mend(stage, target)
         record = _record(target)
-        if _holds(record, target, plan.listing, plan.choice):
+        if _holds(record, target, plan.listing, plan.choice, plan.wish):
             _clear(stage)
             return {**(record or {}), "fetched": 0}
         _refuse_foreign(target, record)
@@ -211,6 +235,13 @@ def _fill(
         fetched += transfer(origin, plan.listing, some, blobs, pace, moved)
         if some is first and some and not plan.wish.code:
             check.refuse_code(blobs / first[0].digest, model)
+    files, stated = sealed(files, blobs)
+    layers = [file.name for file in files]
+    if plan.listing.archives:
+        said("unpacking")
+        choice = _unpacked(plan, files, blobs)
+        plan, files = dataclasses.replace(plan, choice=choice), choice.files
+        kept = [file for file in kept if file.name not in {file.name for file in files}]
     whole = [*files, *kept]
     write_json(stage / "names.json", [[file.name, file.size, file.kind, file.digest] for file in whole])
     tree = build(whole, stage)
@@ -218,9 +249,28 @@ def _fill(
     seen = check.check(tree, [file.name for file in whole], model)
     ran = _run(tree, plan) if plan.wish.run else {"skipped": UNASKED}
     made = _describe(plan, whole, tree, seen, ran)
+    for entry in made["files"]:
+        entry |= {"stated": stated[entry["digest"]]} if entry["digest"] in stated else {}
+    if plan.listing.archives:
+        made["archives"] = [layers, *_asked(plan.wish)]
     write_json(tree / RECORD, made)
     (tree / RECORD).chmod(0o644)
     return made, fetched
+
+
+def _asked(wish: Wish) -> list[Any]:
+    """What decides what is taken out of archives."""
+    return [list(wish.only), wish.pickles, wish.code]
+
+
+def _unpacked(plan: Plan, files: Sequence[File], blobs: Path) -> Choice:
+    """What to take of files and of what is in archives among them."""
+    model, found = str(plan.source), flat(opened(plan.listing, files, blobs))
+    choice = choose(found, model, plan.wish.only, pickles=plan.wish.pickles, code=plan.wish.code)
+    configs = [file for file in choice.files if file.name == "config.json"]
+    if configs and not plan.wish.code:
+        check.refuse_code(blobs / configs[0].digest, model)
+    return choice
 
 
 def _late(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
@@ -239,32 +289,6 @@ def gather(
     recover(files, stage)
     transfer(origin, listing, files, stage / "blobs", pace, moved)
     return build(files, stage)
-
-
-def recover(files: Sequence[File], stage: Path) -> None:
-    """Take a folder in the making apart again, so that its bytes are found by their checksums."""
-    blobs = stage / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        if (stage / "tree" / file.name).is_file() and not (blobs / file.digest).exists():
-            (stage / "tree" / file.name).replace(blobs / file.digest)
-    remove_tree(stage / "tree")
-
-
-def build(files: Sequence[File], stage: Path) -> Path:
-    """A folder of the files in `stage`, by name. Bytes of several names are copied."""
-    tree = stage / "tree"
-    remove_tree(tree)
-    tree.mkdir(parents=True)
-    last = {file.digest: file.name for file in files}
-    for file in files:
-        path = tree / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if last[file.digest] == file.name:
-            (stage / "blobs" / file.digest).replace(path)
-        else:
-            shutil.copyfile(stage / "blobs" / file.digest, path)
-    return tree
 
 
 def _stage(target: Path) -> Path:
@@ -290,6 +314,13 @@ def _held(record: Mapping[str, Any] | None, target: Path) -> dict[str, str]:
     return found
 
 
+def _known(record: Mapping[str, Any] | None, target: Path) -> set[str]:
+    """Checksums by which what a folder holds may be asked for."""
+    found = _held(record, target)
+    stated = {str(entry.get("stated")) for entry in (record or {}).get("files", ()) if entry["name"] in found}
+    return {*found.values(), *stated}
+
+
 def _recorded(record: Mapping[str, Any] | None) -> list[tuple[File, int]]:
     """The files of a record, and when each was changed last."""
     entries = (record or {}).get("files", ())
@@ -309,13 +340,14 @@ def _sound(entry: Any) -> bool:
     )
 
 
-def _holds(record: Mapping[str, Any] | None, target: Path, listing: Listing, choice: Choice) -> bool:
+def _holds(record: Mapping[str, Any] | None, target: Path, listing: Listing, choice: Choice, wish: Wish) -> bool:
     """Whether the folder holds all that would be fetched, and all of its own, unchanged."""
+    wanted = {file.name for file in choice.files}
+    if listing.archives and (record or {}).get("archives") == [[file.name for file in choice.files], *_asked(wish)]:
+        wanted = set()
     if not _same(record, listing.source) or record is None or record.get("commit") != listing.commit:
         return False
-    return {*(file.name for file in choice.files), *(file.name for file, _ in _recorded(record))} <= {
-        *_held(record, target)
-    }
+    return wanted | {file.name for file, _ in _recorded(record)} <= set(_held(record, target))
 
 
 def _same(record: Mapping[str, Any] | None, source: Source) -> bool:
@@ -332,6 +364,8 @@ def _remembered(
     """What an earlier pull of the same left, if it is all there and has all that is asked for."""
     recorded = _recorded(record)
     if record is None or not _same(record, source) or len(_held(record, target)) < len(recorded):
+        return None
+    if source.revision not in (record.get("revision"), record.get("commit"), f"sha256:{record.get('commit')}"):
         return None
     files = tuple(file for file, _changed in recorded)
     try:
@@ -431,12 +465,12 @@ def adopt(source: Source, blobs: Path) -> None:
 
 def _adopt(target: Path, record: Mapping[str, Any] | None, blobs: Path) -> None:
     """Find the bytes of the folder as it is by their checksums: as links to the same bytes, or copies of them."""
+    stated = {entry["name"]: str(entry.get("stated", "")) for entry in (record or {}).get("files", ())}
     for name, digest in _held(record, target).items():
-        if not (blobs / digest).exists():
-            try:
-                os.link(target / name, blobs / digest)
-            except OSError:
-                shutil.copyfile(target / name, blobs / digest)
+        also = [stated[name]] if re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", stated[name]) else []
+        for known in (digest, *also):
+            if not (blobs / known).exists():
+                link(target / name, blobs / known)
 
 
 def _run(tree: Path, plan: Plan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slmops.catalog.hub import PATIENCE, Again, File, Listing, Origin, given_up
+from slmops.catalog.hub import CUT, PATIENCE, Again, File, Listing, Origin, given_up
 from slmops.errors import IntegrityError, ModelError, RefusedError, ResourceError
 
 SEGMENT = 64 << 20
@@ -220,7 +220,7 @@ def transfer(
         refuse_full(folder, need, str(listing.source))
         work.run(parts)
     except OSError as error:
-        raise _disk(error, listing, folder) from error
+        raise disk(error, listing, folder) from error
     finally:
         if not any(
             thread.is_alive() for thread in work.threads
@@ -230,7 +230,8 @@ def transfer(
     return work.fetched
 
 
-def _disk(error: OSError, listing: Listing, folder: Path) -> Exception:
+def disk(error: OSError, listing: Listing, folder: Path) -> Exception:
+    """A full disk or a missing permission, in words."""
     if error.errno not in FULL:
         return ModelError(
             f"{listing.source}: cannot write to {folder}: {error.strerror or error}", "check its permissions"
@@ -314,9 +315,9 @@ class _Transfer:
             if self.stop.is_set():
                 return
         raise IntegrityError(
-            f"{self.listing.source}: {part.file.name}: the bytes that came are not those that the hub states "
+            f"{self.listing.source}: {part.file.name}: the bytes that came are not those that {self.listing.who} states "
             f"({part.file.kind} {part.file.digest[:16]}…); they are thrown away",
-            "run again later, or use another mirror (HF_ENDPOINT)",
+            f"run again later, or {self.listing.mirror}",
         )
 
     def _segment(self, part: Part, k: int) -> None:
@@ -329,7 +330,7 @@ class _Transfer:
             try:
                 self._read(part, k, start, stop)
                 if not self.stop.is_set() and part.left(k)[0] < stop:
-                    raise Again("the connection was cut")
+                    raise Again(CUT)
             except Again as again:
                 tries = 0 if part.left(k)[0] > start else tries + 1
                 longest = again.wait is not None and again.wait > PATIENCE

@@ -1,4 +1,4 @@
-"""`slmops pull`: get a model from a hub or a folder, whole and checked, after showing what it is."""
+"""`slmops pull`: get a model from a hub, a registry or a folder, whole and checked, after showing what it is."""
 
 from __future__ import annotations
 
@@ -16,24 +16,32 @@ from slmops.cli.common import json_argument, print_json, say, size
 if TYPE_CHECKING:
     from slmops.catalog.pull import Plan
 
-HELP = "get a model from a Hugging Face hub or a folder, whole, checked and without running its code"
+HELP = "get a model from a hub, a registry or a folder, whole, checked and without running its code"
 
 EPILOG = """\
 Only safetensors, else GGUF, else ONNX is taken. Run again after any failure: what came is kept and goes on.
 The folder is that of --to, or one in the user's cache (~/.cache/slmops/models, or where SLMOPS_MODELS says).
-HF_ENDPOINT names a mirror, HF_TOKEN opens gated and private models, HF_HUB_OFFLINE=1 asks nobody.
+HF_ENDPOINT names a mirror, HF_TOKEN opens gated and private models, HF_HUB_OFFLINE=1 asks nobody. SLMOPS_OLLAMA_REGISTRY names a
+mirror of Ollama's library; logins to other registries are those of `docker login`, to Azure those of `az login`.
 
   slmops pull hf:Qwen/Qwen3-0.6B
+  slmops pull qwen3:0.6b
+  slmops pull oci:ghcr.io/ORG/NAME:v1
+  slmops pull azure:Phi-4-mini-instruct
   slmops pull ORG/NAME-GGUF --only '*Q4_K_M*' --to models/small
   slmops pull hf:ORG/NAME@v1.0 --dry-run --json"""
 
 SHOWN = 20
+_AT = {"hub": "commit", "ollama": "manifest", "oci": "manifest"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `pull` takes."""
     parser.add_argument(
-        "model", metavar="MODEL", help="hf:ORG/NAME[@REVISION], ORG/NAME, or a local folder or .gguf file"
+        "model",
+        metavar="MODEL",
+        help="hf:ORG/NAME[@REVISION], ORG/NAME; a name of the catalogue; NAME:TAG of Ollama's library (ollama:NAME, hf.co/ORG/NAME); "
+        "oci:REGISTRY/REPOSITORY:TAG (or @sha256:…); azure:NAME[:VERSION] of Azure AI Foundry; or a local folder or .gguf file",
     )
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER", help="the folder to make (default: one in the user's cache)"
@@ -57,8 +65,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Plan, show, ask, fetch, check. stdout holds the folder, or JSON."""
+    from slmops.catalog.names import resolve
     from slmops.catalog.pull import Wish, get, plan
-    from slmops.catalog.source import parse
     from slmops.catalog.transfer import Pace
     from slmops.errors import UsageError
 
@@ -66,7 +74,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}", "leave it out, or give a positive number")
     pace = Pace(jobs=options.jobs, told=_Once(say))
     wish = Wish(tuple(options.only), options.allow_pickle, options.allow_code, not options.no_check)
-    planned = plan(parse(options.model), wish, options.to, pace=pace)
+    source, meant = resolve(options.model)
+    if meant:
+        say(meant)
+    planned = plan(source, wish, options.to, pace=pace)
     _show(planned)
     if options.dry_run:
         if options.json:
@@ -109,11 +120,14 @@ def _agreed() -> bool:
 
 def _show(plan: Plan) -> None:
     listing, choice = plan.listing, plan.choice
-    where = f" from {listing.endpoint}" if plan.source.kind == "hub" else ""
-    commit = f", commit {listing.commit[:12]}" if plan.source.kind == "hub" else ""
-    say(f"{plan.source}{commit}{where}")
+    kind = plan.source.kind
+    where = f" from {listing.endpoint}" if kind != "path" else ""
+    at = f", {_AT[kind]} {listing.commit[:12]}" if kind in _AT else ""
+    say(f"{plan.source}{at}{where}")
     if plan.unreachable:
         say(f"  note      {plan.unreachable}: taken as it was fetched before")
+    if listing.about:
+        say(f"  model     {listing.about}")
     say(f"  licence   {listing.licence or 'not stated: look at the model card before you use it'}")
     if listing.gated:
         say("  access    gated: who may read it is asked on its page; HF_TOKEN says who you are")
@@ -129,6 +143,10 @@ def _show(plan: Plan) -> None:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         say(f"  left out  {', '.join(names[:5])}{more} ({reason})")
     say(f"  into      {plan.target}")
+    if listing.archives and not plan.current:
+        say(
+            "  archives  their files are chosen from when they are unpacked; pickles, links and unsafe names are refused"
+        )
     if plan.current:
         say("  here      all of it: nothing to fetch")
     elif plan.here:
@@ -138,7 +156,7 @@ def _show(plan: Plan) -> None:
 def _json(plan: Plan) -> dict[str, Any]:
     return {
         "source": str(plan.source), "commit": plan.listing.commit, "endpoint": plan.listing.endpoint,
-        "licence": plan.listing.licence,
+        "licence": plan.listing.licence, "about": plan.listing.about,
         "gated": plan.listing.gated, "form": plan.choice.form, "bytes": plan.choice.size, "here": plan.here,
         "folder": str(plan.target), "current": plan.current,
         "files": [{"name": f.name, "bytes": f.size, f.kind: f.digest} for f in plan.choice.files],
