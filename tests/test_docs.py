@@ -67,8 +67,9 @@ def test_the_guide_runs(tmp_path: Path) -> None:
 
 def test_the_guide_to_the_catalogue_runs(tmp_path: Path) -> None:
     texts = [text for kind, text in blocks(ROOT / "docs" / "guides" / "catalog.md") if kind == "sh"]
-    listed, fitting, needed = (shell(text, tmp_path) for text in texts)
+    listed, fitting, needed, trained = (shell(text, tmp_path) for text in texts)
     assert "596,049,920" in listed and fitting.startswith("model") and "llama_cpp" in needed
+    assert "on_policy" in trained and "llama_cpp" not in trained
 
 
 def test_the_guide_to_methods_plans(tmp_path: Path) -> None:

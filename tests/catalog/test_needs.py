@@ -45,6 +45,30 @@ def test_files_are_as_large_as_foreseen(tied: bool, tmp_path: Path) -> None:
         assert needs.needs(config, "llama_cpp", form, 64).disk == pytest.approx(size, rel=0.01), form
 
 
+@pytest.mark.slow
+def test_openvino_files_are_as_large_as_foreseen(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from slmops.convert import openvino
+    from slmops.engines.minimal import END, _write_tokenizer
+
+    source = tmp_path / "source"
+    source.mkdir()
+    values = SHAPE | {"tie_word_embeddings": True, "vocab_size": 8192}
+    settings = AutoConfig.for_model(values.pop("model_type"), **values, bos_token_id=None, eos_token_id=END)
+    AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(source)
+    _write_tokenizer(source)
+    config = json.loads((source / "config.json").read_text())
+    for form in needs.BITS["openvino"]:
+        out = tmp_path / form
+        out.mkdir()
+        openvino.write(source, config, out, openvino.Params(precision=form, rounding="plain"))
+        weights = (out / "openvino_model.bin").stat().st_size
+        assert needs.needs(config, "openvino", form, 64).disk - needs.GRAPH == pytest.approx(weights, rel=0.02), form
+
+
 def test_the_cache_grows_with_context_and_batch_and_the_weights_do_not() -> None:
     config = CATALOGUE["qwen3-0.6b"].config
     for runtime in needs.RUNTIMES:

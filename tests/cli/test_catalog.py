@@ -49,6 +49,15 @@ def test_what_fits_shrinks_with_the_device_and_the_context(slmops: Slmops) -> No
     assert all(model["needs"]["total_bytes"] <= found["usable_bytes"] for model in found["models"])
 
 
+def test_a_gpu_holds_weights_in_16_bits(slmops: Slmops) -> None:
+    outcome = slmops("catalog", "phi-4", "--fits", "h100-80gb")
+    assert "in 16 bits" in outcome.out and "8 GB stay free" in outcome.err
+    found = json.loads(slmops("catalog", "phi-4", "--fits", "h100-80gb", "--json").out)
+    assert found["models"][0]["needs"]["weights_bytes"] == 2 * found["models"][0]["parameters"]
+    long = json.loads(slmops("catalog", "llama", "--fits", "h100-80gb", "--context", "131072", "--json").out)
+    assert long["usable_bytes"] == pytest.approx(72e9) and long["models"]
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("words", [(), ("--fits", "laptop"), ("--class", "medium")], ids=" ".join)
 def test_no_line_is_wider_than_the_terminal(
@@ -64,6 +73,7 @@ def test_what_cannot_be_asked_is_refused(slmops: Slmops) -> None:
     slmops("catalog", "qwen9").refused(1, "no model qwen9")
     slmops("catalog", "--licence", "gpl").refused(2, "no model has the licence gpl")
     slmops("catalog", "--fits", "pi9").refused(2, "there is no device pi9")
+    slmops("fit", "--device", "h100-80gb").refused(2, "is a GPU")
     slmops("catalog", "--context", "5").refused(2, "--context goes with --fits")
     slmops("catalog", "--write").refused(2, "--write goes with --refresh")
     slmops("catalog", "phi-4", "--class", "micro").refused(2, "no model is all of that")

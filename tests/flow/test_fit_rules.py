@@ -109,9 +109,9 @@ def test_every_device_is_known_by_its_numbers() -> None:
     found = devices.known()
     assert {"pi4-4gb", "pi5-8gb", "orin-nano", "x86-2gb", "laptop", "phone"} <= set(found)
     for device in found.values():
-        assert (
-            1e9 < device.ram_bytes < 1e12 and 1 < device.gflops < 1000 and 1 < device.gbytes < 1000 and device.cores > 0
-        )
+        assert 1e9 < device.ram_bytes < 1e12 and 1 < device.gflops < 1000 and device.cores > 0
+        assert 1 < device.gbytes < (10_000 if device.gpu else 1000)
+    assert [device.name for device in found.values() if device.gpu] == ["h100-80gb"]
     assert devices.find("this") is None
     with pytest.raises(UsageError, match="there is no device pi5"):
         devices.find("pi5")

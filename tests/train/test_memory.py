@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -315,3 +316,26 @@ def test_the_measured_peak_is_near(tmp_path: Path) -> None:
     subprocess.run(words, check=True, cwd=ROOT)
     for case in json.loads(out.read_text())["cases"]:
         assert case["ratio"] == pytest.approx(1, abs=0.25), case
+
+
+HELD = """
+import ctypes
+from slmops.train import heap
+from slmops.train.available import resident
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes, library.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+pieces = [library.malloc(100_000) for _ in range(1000)]
+for piece in pieces:
+    ctypes.memset(piece, 1, 100_000)
+for piece in pieces[:-1]:
+    library.free(piece)
+before = resident()
+heap.give_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose heap this is")
+def test_what_is_free_below_a_piece_in_use_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 80_000_000

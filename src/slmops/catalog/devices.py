@@ -31,7 +31,7 @@ HERE = "this"
 @dataclass(frozen=True)
 class Device:
     """A device. `gflops`: of one core, 10^9 float32 operations a second; `gbytes`: of the memory, 10^9 bytes a second; both the makers'
-    peaks, or what a program reached there where they were `measured`."""
+    peaks, or what a program reached there where they were `measured`. Of a `gpu`, memory and bandwidth are its own."""
 
     name: str
     title: str
@@ -40,6 +40,7 @@ class Device:
     gflops: float
     gbytes: float
     measured: bool = False
+    gpu: bool = False
 
     @property
     def share(self) -> float:
@@ -69,7 +70,7 @@ def known() -> dict[str, Device]:
 def _device(name: str, row: Mapping[str, Any]) -> Device:
     return Device(
         name, str(row["title"]), float(row["ram_gb"]) * 1e9, int(row["cores"]), float(row["core_gflops"]),
-        float(row["memory_gbytes"]), bool(row.get("measured", False)),
+        float(row["memory_gbytes"]), bool(row.get("measured", False)), bool(row.get("gpu", False)),
     )  # fmt: skip
 
 

@@ -13,21 +13,24 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from slmops.core import cache
-from slmops.core.parameters import Config, Weights, count, kind_of, language, lfm2_width
+from slmops.core.parameters import Config, Weights, count, head_width, kind_of, language, lfm2_width
 
-Runtime = Literal["onnx_genai", "llama_cpp", "torch"]
+Runtime = Literal["onnx_genai", "llama_cpp", "openvino", "torch"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 CHUNK = 512
 """Tokens that llama.cpp puts through the model at once."""
-LLAMA_ENTRY, GENAI_ENTRY, TORCH_ENTRY = 312, 360, 960
+LLAMA_ENTRY, GENAI_ENTRY, OPENVINO_ENTRY, TORCH_ENTRY = 312, 360, 350, 960
 """Bytes that a runtime keeps for an entry of the vocabulary and its merge."""
 GGUF_ENTRY = 50
 """Bytes of the same in a GGUF file."""
+GRAPH = 2e6
+"""Bytes of an OpenVINO graph without its weights."""
 
 
 BITS: dict[Runtime, dict[str, float]] = {
     "onnx_genai": {"int4": 4.5, "fp32": 32},
     "llama_cpp": {"q4_0": 4.5, "q8_0": 8.5, "fp16": 16},
+    "openvino": {"int4": 4.5, "int8": 8, "fp32": 32},
     "torch": {"fp32": 32},
 }
 """Of a weight in a matrix, its share of scales included, in the forms whose memory was measured."""
@@ -58,7 +61,7 @@ def needs(config: Config, runtime: Runtime, form: str, context: int, batch: int 
         KeyError: the architecture is not known, or `form` is not one of the runtime's.
     """
     c, weights, bits = language(config), count(config), BITS[runtime][form]
-    count_of = {"onnx_genai": _onnx_genai, "llama_cpp": _llama_cpp, "torch": _torch}[runtime]
+    count_of = {"onnx_genai": _onnx_genai, "llama_cpp": _llama_cpp, "openvino": _openvino, "torch": _torch}[runtime]
     return count_of(c, weights, form, bits, context, batch)
 
 
@@ -100,6 +103,18 @@ def _onnx_genai(c: Config, w: Weights, form: str, bits: float, context: int, bat
         moved, head - kept - tables
     )  # another copy of the output matrix, before there are a tokenizer and a cache
     return Needs("onnx_genai", form, disk, loaded, kept, work, 62.6e6 + tables)
+
+
+def _openvino(c: Config, w: Weights, form: str, bits: float, context: int, batch: int) -> Needs:
+    """The file is mapped, and matrices are copied as they are prepared: of int4 with scale and offset of each group in float32. The cache
+    is in 8 bits with a scale and an offset for each head, but in float32 for that form."""
+    disk = (w.matrices + w.embedding + w.output) * bits / 8 + w.vectors * 4 + GRAPH
+    prepared = (w.matrices + (w.output or w.embedding)) * {"int4": 6, "int8": 8, "fp32": 32}[form] / 8
+    if form == "fp32":
+        prepared += w.embedding * 4
+    kept = cache.size(c, context, batch, bytes_=4 if form == "fp32" else 1 + 8 / head_width(c), windows=False)
+    moved = context * batch * 4 * 10 * (_wide(c) + int(c["hidden_size"]))
+    return Needs("openvino", form, disk, disk + prepared, kept, moved, 130e6 + OPENVINO_ENTRY * int(c["vocab_size"]))
 
 
 def _torch(c: Config, w: Weights, form: str, bits: float, context: int, batch: int) -> Needs:

@@ -145,13 +145,14 @@ def _fits(found: list[Model], options: argparse.Namespace) -> int:
 
     device = devices.find(options.fits)
     title, memory = (device.title, device.ram_bytes) if device else ("this machine", float(ram()))
+    gpu = device is not None and device.gpu
     rows: list[tuple[Model, int, Need]] = []
     for model in found:
         context = min(options.context or fits.CONTEXT, model.context)
         if options.context is None or options.context <= model.context:
-            rows.append((model, context, fits.need(model.config, context)))
+            rows.append((model, context, fits.need(model.config, context, gpu)))
     fitting = [row for row in rows if row[2].total <= fits.usable(memory)][::-1]
-    basis = fits.basis(title, memory, options.context or fits.CONTEXT)
+    basis = fits.basis(title, memory, options.context or fits.CONTEXT, gpu)
     if options.json:
         print_json({
             "device": options.fits, "ram_bytes": memory, "usable_bytes": fits.usable(memory), "basis": basis,
@@ -163,7 +164,16 @@ def _fits(found: list[Model], options: argparse.Namespace) -> int:
         })  # fmt: skip
         return 0
     wide = (_width() or WIDE) >= WIDE
-    table = [["model", "weights", "in 4 bits", "cache", "in all", *(["class", "licence"] if wide else [])]]
+    table = [
+        [
+            "model",
+            "weights",
+            "in 16 bits" if gpu else "in 4 bits",
+            "cache",
+            "in all",
+            *(["class", "licence"] if wide else []),
+        ]
+    ]
     for model, _, need in fitting:
         row = [model.name, weights(model.weights.total), size(need.weights), size(need.cache), size(need.total)]
         table.append([*row, *([model.size_class or NONE, model.licence] if wide else [])])

@@ -12,6 +12,7 @@ from slmops.cli.bench import positive
 from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, seconds
 from slmops.core.fit import Budget, Prefer
 from slmops.core.layout import columns
+from slmops.errors import UsageError
 
 if TYPE_CHECKING:
     from slmops.flow.fit import Fitted
@@ -70,6 +71,11 @@ def run(options: argparse.Namespace) -> int:
 
     begin = time.monotonic()
     device = find(options.device)
+    if device is not None and device.gpu:
+        raise UsageError(
+            f"{device.title} is a GPU: times there do not follow from those of this machine's processor",
+            "give the profile of a processor; `slmops catalog --fits` says which models a GPU's memory holds",
+        )
     budget = Budget(options.max_size, options.max_ram, options.p95, options.min_quality)
     project = open_project(options)
     with Terminal(0) as terminal:

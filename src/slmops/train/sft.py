@@ -275,7 +275,7 @@ def learn(
         raise TrainingError(f"tuning {params.training.tuning} would fill the zeros of the base", "use `tuning: full`")
     ready = prepare(params, inputs, ctx)
 
-    from slmops.train import network, tuning
+    from slmops.train import heap, network, tuning
     from slmops.train.loop import Loop, write_record
 
     training = params.training
@@ -305,6 +305,7 @@ def learn(
         tuning.save_adapter(handle, training, inputs["base"], out)
         del ready, handle, model, net, objective, loop, plain
         gc.collect()  # the tuned model goes before its base is read again: they are never there together
+        heap.give_back()
         plain = tuning.merged(out / tuning.ADAPTER, inputs["base"])
     network.save(plain.to("cpu"), folder, out)
     write_record(record, out)
