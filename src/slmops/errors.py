@@ -123,7 +123,15 @@ class IntegrityError(SlmopsError):
 
 
 class ResourceError(SlmopsError):
-    """Not enough disk or memory for what is asked."""
+    """Not enough disk or memory for what is asked. `retry_after`: seconds after which there may be, where somebody can tell."""
+
+    def __init__(self, message: str, hint: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message, hint)
+        self.retry_after = retry_after
+
+
+class NoRoomError(ResourceError):
+    """A model to be loaded does not fit into the memory that may be taken, beside those that are in use."""
 
 
 class StepError(SlmopsError):

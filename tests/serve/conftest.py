@@ -1,4 +1,4 @@
-"""Small random models as ONNX Runtime GenAI folders, with a tokenizer of single bytes."""
+"""Small random models as folders of each engine, with a tokenizer of single bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Converted = Callable[[str, str], Path]
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """A folder by architecture and precision. Weights are large, so that answers vary."""
+    """A folder by architecture and precision: `source` for Hugging Face, `gguf-…` for GGUF, else for ONNX Runtime GenAI. Weights are
+    large, so that answers vary."""
     words = tmp_path_factory.mktemp("tokenizer")
     _write_tokenizer(words)
 
@@ -37,9 +38,17 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 
     @cache
     def get(kind: str, precision: str) -> Path:
-        from slmops.convert import onnx_genai
+        from slmops.convert import gguf, onnx_genai
+        from slmops.core.method import Context
 
         source = model(kind)
+        if precision == "source":
+            return source
+        if precision.startswith("gguf-"):
+            out = tmp_path_factory.mktemp(f"{kind}-{precision}")
+            params = gguf.Params.model_validate({"precision": precision.removeprefix("gguf-")})
+            gguf.run(params, {"model": source}, out, Context(0, out, out))
+            return out
         graph, out = tmp_path_factory.mktemp("graph"), tmp_path_factory.mktemp(f"{kind}-{precision}")
         onnx_genai.build(source, graph)
         onnx_genai.write(source, graph, out, onnx_genai.Params.model_validate({"precision": precision}))

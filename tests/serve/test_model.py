@@ -56,6 +56,22 @@ def test_who_leaves_an_answer_has_it_cancelled(folder: Path) -> None:
     using(folder, work)
 
 
+def test_joined_pieces_are_the_same_answer(folder: Path) -> None:
+    async def work(model: Model) -> None:
+        single = [piece async for piece in model.answer(Ask([7, 8], 60, ENDLESS))]
+        joined = [piece async for piece in model.answer(Ask([7, 8], 60, ENDLESS, joined=True))]
+        assert "".join(piece.text for piece in joined) == "".join(piece.text for piece in single)
+        assert len(single) == sum(piece.tokens for piece in joined) == 60 and len(joined) < 60
+        assert [piece.finish for piece in joined] == [None] * (len(joined) - 1) + ["length"]
+        for apart in (
+            Ask([7, 8], 9, Picking(logprobs=1, logit_bias={4: -100.0}), joined=True),
+            Ask([7, 8], 9, ENDLESS, ["\n\n"], joined=True),
+        ):
+            assert {piece.tokens async for piece in model.answer(apart)} == {1}
+
+    using(folder, work)
+
+
 def test_impatient_clients_neither_stop_the_loading_nor_start_it_again(folder: Path) -> None:
     async def work(model: Model) -> None:
         for _ in range(3):
@@ -83,19 +99,40 @@ def test_what_the_model_cannot_take_is_the_client_s_and_harms_nobody(folder: Pat
     using(folder, work)
 
 
+def test_embeddings_come_beside_answers_and_what_they_cannot_take_is_the_client_s(folder: Path) -> None:
+    async def work(model: Model) -> None:
+        other = model.answer(Ask([7, 8], None, ENDLESS))
+        await anext(other)
+        texts = [[7, 8, 9], list(range(5, 64)), [7, 8, 9]]
+        found = await model.embed(texts)
+        assert len(found) == 3 and found[0] == found[2] != found[1]
+        assert [sum(x * x for x in vector) for vector in found] == pytest.approx([1.0] * 3)
+        assert await model.embed([]) == []
+        for bad in ([[7], []], [[7] * 65], [[300]]):
+            with pytest.raises(RequestError):
+                await model.embed(bad)
+        with pytest.raises(RequestError, match="no adapter"):
+            await model.embed([[7]], "tone")
+        late = asyncio.ensure_future(model.embed([[7] * 60] * 400))
+        await asyncio.sleep(0)
+        late.cancel()
+        assert await asyncio.wait_for(model.embed([[7, 8, 9]]), 30) == found[:1]
+        assert len([piece async for piece in other]) == 61 and model.deaths == 0
+
+    using(folder, work)
+
+
 def test_a_process_that_dies_is_said_and_comes_back_by_itself(folder: Path) -> None:
     async def work(model: Model) -> None:
-        answers = [model.answer(Ask([7, 8], None, ENDLESS)) for _ in range(6)]
-        await anext(answers[0])
-        rest = [asyncio.ensure_future(anext(answer)) for answer in answers[1:]]
-        await asyncio.sleep(0)
+        await model.start()
         assert model.pid is not None
+        os.kill(model.pid, signal.SIGSTOP)  # so that none is finished before
+        answers = [asyncio.ensure_future(anext(model.answer(Ask([7, 8], None, ENDLESS)))) for _ in range(6)]
+        while model.active < 6:
+            await asyncio.sleep(0.01)
         os.kill(model.pid, signal.SIGKILL)
-        with pytest.raises(ModelError, match="ended"):
-            async for _ in answers[0]:
-                pass
-        found = await asyncio.gather(*rest, return_exceptions=True)
-        assert all(not isinstance(one, BaseException) or isinstance(one, ModelError) for one in found)
+        found = await asyncio.gather(*answers, return_exceptions=True)
+        assert all(isinstance(one, ModelError) and "ended" in one.message for one in found)
         while not model.ready:
             await asyncio.sleep(0.01)
         assert model.deaths == 1

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
-from slmops.serve.sampling import Picker, Picking, draw
+from slmops.serve import drawing
+from slmops.serve.sampling import Picker, Picking, pick
 
 VOCABULARY = 3000
 
@@ -27,6 +30,10 @@ def reference(row: np.ndarray, how: Picking) -> np.ndarray:
     return chances / chances.sum()
 
 
+def draw(row: np.ndarray, how: Picking, chance: float) -> int:
+    return drawing.draw(row[None], [how], [chance], drawing.first(how, len(row)))[0]
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -43,11 +50,66 @@ def test_tokens_come_with_their_probability(how: Picking) -> None:
     row = logits(1)
     wanted = reference(row, how)
     grid = (
-        np.arange(20_000) + 0.5
-    ) / 20_000  # evenly spread chances give each token its share, to within one step at each end
-    found = np.bincount([draw(row, how, float(chance)) for chance in grid], minlength=VOCABULARY) / len(grid)
-    assert np.abs(found - wanted).max() < 1.01e-4
+        np.arange(4_000) + 0.5
+    ) / 4_000  # evenly spread chances give each token its share, to within one step at each end
+    drawn: list[int] = []
+    for chances in grid.reshape(-1, 500):
+        rows = np.broadcast_to(row, (len(chances), VOCABULARY))
+        drawn += drawing.draw(rows, [how] * len(chances), chances.tolist(), drawing.first(how, VOCABULARY))
+    found = np.bincount(drawn, minlength=VOCABULARY) / len(grid)
+    assert np.abs(found - wanted).max() < 5.01e-4
     assert not found[wanted == 0].any()
+
+
+def any_picking(random_: random.Random) -> Picking:
+    return Picking(
+        temperature=random_.choice((0.0, 0.0, 0.5, 1.0, 6.0)),
+        top_k=random_.choice((0, 0, 1, 40, 64, 700)),
+        top_p=random_.choice((1.0, 0.3, 0.9, 0.999)),
+        min_p=random_.choice((0.0, 0.0, 0.05)),
+        repetition_penalty=random_.choice((1.0, 1.0, 1.3)),
+        frequency_penalty=random_.choice((0.0, 0.0, 0.4)),
+        presence_penalty=random_.choice((0.0, 0.0, 0.2)),
+        logit_bias=random_.choice(({}, {}, {3: 4.0, 9: -100.0})),
+        seed=random_.randrange(1000),
+        logprobs=random_.choice((None, 0, 5)),
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_token_is_bit_for_bit_the_same_beside_others_as_alone(seed: int) -> None:
+    random_ = random.Random(seed)
+    size = random_.choice((200, 3000, 8200, 40_000))
+    hows = [any_picking(random_) for _ in range(random_.choice((2, 7, 13)))]
+    prompts = [[random_.randrange(size) for _ in range(random_.randrange(30))] for _ in hows]
+    together = [Picker(how, prompt, 0) for how, prompt in zip(hows, prompts, strict=True)]
+    alone = [Picker(how, prompt, 0) for how, prompt in zip(hows, prompts, strict=True)]
+    for step in range(6):
+        rows = [np.round(logits(100 * seed + 20 * step + n, size), random_.choice((1, 6))) for n in range(len(hows))]
+        masks = [
+            np.random.default_rng(n).random(size) < 0.5 if random_.random() < 0.3 else None for n in range(len(hows))
+        ]
+        some = [n for n in range(len(hows)) if random_.random() < 0.8] or [0]
+        found = pick([together[n] for n in some], [rows[n] for n in some], [masks[n] for n in some])
+        assert found == [alone[n].pick(rows[n], masks[n]) for n in some]
+
+
+def test_a_mask_may_be_bits_and_end_before_the_vocabulary() -> None:
+    row = logits(4, 100)
+    row[[3, 50, 90]] = (9.0, 8.0, 10.0)
+    bits = np.zeros(64, bool)
+    bits[[50, 51]] = True
+    assert Picker(Picking(), (), 0).pick(row, np.packbits(bits, bitorder="little").view(np.int32)).token == 50
+    assert Picker(Picking(temperature=0.1, seed=1), (), 0).pick(row, bits).token == 50
+
+
+@pytest.mark.parametrize("count", [1, 5, 64, 300, 2999])
+def test_the_most_likely_tokens_are_those_of_a_whole_sort(count: int) -> None:
+    rows = np.stack([np.round(logits(5), 1), logits(6), np.full(VOCABULARY, -2.0, np.float32)])  # with many equal ones
+    ids, values = drawing.top(rows, count)
+    for row, some, value in zip(rows, ids, values, strict=True):
+        order = np.argsort(-row, kind="stable")[:count]
+        assert (some[:count] == order).all() and (value[:count] == row[order]).all()
 
 
 def test_the_first_and_the_last_chance_give_a_token_that_may_come() -> None:

@@ -129,6 +129,16 @@ def test_a_beginning_that_was_read_is_not_read_again(converted: Converted) -> No
     assert answers(scheduler, [Request(3, prompt, 4)])[3] == first[1]
 
 
+def test_a_model_that_keeps_no_state_of_a_beginning_reads_all_again(minimal_rows: OnnxRows) -> None:
+    scheduler, prompt = Scheduler(minimal_rows, chunk=8), tuple(range(5, 35))
+    cut = minimal_rows.cut
+    minimal_rows.cut = lambda row, length: cut(row, length if length == minimal_rows.length(row) else 0)  # type: ignore[method-assign]
+    first = answers(scheduler, [Request(1, prompt, 4, ignore_end=True)])[1]
+    scheduler.submit(Request(2, prompt, 4, ignore_end=True))
+    found = [progress for _ in range(8) for progress in scheduler.step()]
+    assert found[0].cached == 0 and tuple(progress.picked for progress in found) == first[0]
+
+
 def test_what_has_no_room_is_refused_and_a_row_is_free_after_a_cancel(minimal_rows: OnnxRows) -> None:
     scheduler = Scheduler(minimal_rows, queue=2)
     for prompt in ((), tuple(range(5, 5 + 64))):
@@ -156,6 +166,18 @@ def test_a_long_prompt_does_not_hold_up_the_answers_beside_it(minimal_rows: Onnx
     scheduler.submit(Request(2, tuple(range(5, 55)), 4))
     order = [p.id for _ in range(8) for p in scheduler.step()]
     assert order[:6] == [1] * 6 and 2 in order[6:9]
+
+
+def test_short_prompts_are_read_together_up_to_a_chunk(minimal_rows: OnnxRows) -> None:
+    scheduler = Scheduler(OnnxRows(minimal_rows.folder, rows=6), chunk=8)
+    for id, length in enumerate((3, 4, 2, 8, 9, 1), 1):
+        scheduler.submit(Request(id, tuple(range(5, 5 + length)), 40, ignore_end=True))
+    begun: list[list[int]] = []
+    known: set[int] = set()
+    while len(known) < 6:
+        begun.append(sorted({p.id for p in scheduler.step()} - known))
+        known |= set(begun[-1])
+    assert begun == [[1, 2], [3], [4], [], [5, 6]]
 
 
 def test_idle_rows_below_a_busy_one_are_given_up(minimal_rows: OnnxRows) -> None:

@@ -33,12 +33,12 @@ def served(folder: Path, *options: str) -> Iterator[tuple[httpx.Client, subproce
         "-m",
         "slmops.cli.main",
         "serve",
-        f"tiny={folder}",
         "--port",
         "0",
         "--threads",
         "1",
         *options,
+        f"tiny={folder}",
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -46,7 +46,7 @@ def served(folder: Path, *options: str) -> Iterator[tuple[httpx.Client, subproce
             lines = []
             for line in process.stderr:
                 lines.append(line)
-                if found := re.match(r"serving (http://\S+)/v1", line):
+                if found := re.match(r"serving (https?://\S+)/v1", line):
                     with httpx.Client(base_url=found[1], timeout=60) as client:
                         yield client, process
                     break
@@ -141,7 +141,13 @@ def test_completions_take_texts_and_tokens(client: httpx.Client) -> None:
     ("change", "status", "param"),
     [
         ({"tools": []}, 400, "tools"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+            400,
+            "response_format",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"temperature": 3}, 400, "temperature"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 100}]}, 400, "messages"),
@@ -164,12 +170,13 @@ def test_bodies_that_are_no_requests(client: httpx.Client) -> None:
     assert post("/v1/chat/completions", content=b"{").status_code == 400
     assert post("/v1/chat/completions", content=b"[1]").status_code == 400
     assert post("/v1/chat/completions", content=b"x" * (5 << 20)).status_code == 413
-    assert post("/v1/chat/completions", content=iter([b"x" * (1 << 20)] * 5)).status_code == 400
+    assert post("/v1/chat/completions", content=iter([b"x" * (1 << 20)] * 5)).status_code == 413
     good = json.dumps({"model": "tiny", "messages": HELLO, "stream": True, "max_tokens": 2}).encode()
-    assert post("/v1/chat/completions", content=iter([good, *[b" " * (1 << 20)] * 5])).status_code == 400
+    assert post("/v1/chat/completions", content=iter([good, *[b" " * (1 << 20)] * 5])).status_code == 413
     assert client.get("/healthz", timeout=5).status_code == 200
     assert client.get("/v1/nothing").json()["error"]["code"] == "unknown_url"
-    assert client.get("/v1/chat/completions").status_code == 405
+    wrong = client.get("/v1/chat/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
     assert client.get("/v1/models").json()["data"][0]["id"] == client.get("/v1/models/tiny").json()["id"] == "tiny"
 
 

@@ -109,8 +109,10 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "convert": ("conversion", ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")),
     "gguf": ("writing GGUF for llama.cpp", ("gguf",)),
     "runtime": ("running, chat", ("onnxruntime-genai", "onnxruntime", "psutil")),
-    "serve": ("serving", ("starlette", "uvicorn", "onnxruntime", "tokenizers")),
+    "serve": ("serving", ("starlette", "uvicorn", "prometheus-client", "onnxruntime", "tokenizers", "llguidance")),
+    "otel": ("traces of a server", ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")),
     "evaluate": ("judging", ("scipy", "rouge-score")),
+    "azure": ("pulling from Azure AI Foundry", ("azure-ai-ml", "azure-identity", "azure-storage-blob")),
     "hub": ("Hugging Face hub", ("huggingface_hub", "datasets")),
     "search": ("hyperparameter search", ("optuna",)),
     "tensorboard": ("tracking in TensorBoard", ("tensorboard",)),
@@ -122,7 +124,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "litert": ("writing and running LiteRT", ("ai-edge-litert",)),
     "executorch": ("writing and running ExecuTorch", ("executorch", "torchao")),
 }
-FEW = ("ray", "llamacpp", "mlx", "openvino", "litert", "executorch")
+FEW = ("ray", "azure", "llamacpp", "mlx", "openvino", "litert", "executorch")
 """Large extras that only some users want: they are missed only by those."""
 
 

@@ -22,7 +22,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 VERBS = (
     "init", "import", "doctor", "catalog", "needs", "pull", "plan", "run", "search", "why", "report", "compare", "fidelity", "fit",
-    "bench", "chat", "serve", "cache",
+    "bench", "chat", "serve", "keys", "cache",
 )  # fmt: skip
 
 DESCRIPTION = """\

@@ -38,7 +38,7 @@ def quantize(
         import llama_cpp
     except ImportError as error:
         raise MissingExtraError("llama.cpp", "llamacpp") from error
-    from slmops.engines.llama_cpp import complaint, listen
+    from slmops.engines.gguf_file import complaint, listen
 
     lib: Any = llama_cpp
     listen(lib)

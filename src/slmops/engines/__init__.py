@@ -216,6 +216,9 @@ def check_room(prompts: Sequence[Sequence[int]], context: int) -> None:
             raise no_room(index, len(prompt), context)
 
 
-def clean(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def clean(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages without NUL characters, at which one runtime would end the text. All engines do this alike."""
-    return [{**m, "content": m["content"].replace("\0", "")} for m in messages]
+    return [
+        {**m, "content": m["content"].replace("\0", "")} if isinstance(m.get("content"), str) else dict(m)
+        for m in messages
+    ]

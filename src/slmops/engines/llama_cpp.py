@@ -17,24 +17,19 @@ from typing import TYPE_CHECKING, Any
 from slmops.core.engine import Generation, KvCache, Sampling
 from slmops.engines import at_once, find_gguf, no_room, one_by_one
 from slmops.engines.adapters import adapter_file
+from slmops.engines.gguf_file import GgufFile, cache_type, complaint
 from slmops.engines.plain_tokenizer import compile_template, render
-from slmops.errors import MissingExtraError, ModelError
+from slmops.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ALL_F32 = "0"
-"""`general.file_type` of a file whose matrices are float32."""
 KV_BLOCK = 32
 """Numbers that share a scale in a quantised cache."""
 CHUNK = 512
 """Tokens that go through the model at once."""
 SMALLEST = 256
-ERROR = 4
-"""The runtime's level of log lines that are kept for messages."""
-_log: dict[str, Any] = {"lines": []}
-"""The runtime's last complaints, and its callback: the runtime keeps a bare pointer to that, so it must stay alive."""
 
 
 class LlamaCppEngine:
@@ -45,52 +40,33 @@ class LlamaCppEngine:
     def __init__(
         self, folder: Path, *, threads: int = 1, adapter: str | None = None, kv_cache: KvCache | None = None
     ) -> None:
-        try:
-            import llama_cpp
-            import numpy
-        except ImportError as error:
-            raise MissingExtraError("llama.cpp", "llamacpp") from error
-        self._lib: Any = llama_cpp
+        if adapter is not None:
+            adapter_file(folder, adapter)  # before the model is loaded
+        self._file = GgufFile(find_gguf(folder) or folder / "model.gguf")
+        import numpy
+
+        self._lib: Any = self._file.lib
         self._np, self._threads, self._folder, self._kv_cache = numpy, threads, folder, kv_cache
-        self._model: Any = None
+        self._model: Any = self._file.model
+        self._size = self._file.size
         self._context: Any = None
         self._batch: Any = None
         self._length, self._rows = 0, 1
         self._active: str | None = None
         self._adapters: dict[str, Any] = {}
-        if adapter is not None:
-            adapter_file(folder, adapter)  # before the model is loaded
-        listen(llama_cpp)
-        file = find_gguf(folder) or folder / "model.gguf"
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
-        if not self._model:
-            raise ModelError(f"{file} cannot be loaded: {complaint()}", "convert the model again")
-        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
-        self._size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        kind = self._about("general.architecture")
-        self.context_length = int(self._about(f"{kind}.context_length") or 2048)
-        first = self._about(f"{kind}.rope.scaling.original_context_length")
-        if kind == "phi3" and first:  # with more room the runtime takes other positions for short texts too
-            self.context_length = min(self.context_length, int(first))
-        self._check_cache(kind)
-        self.end_ids = frozenset(i for i in range(self._size) if llama_cpp.llama_vocab_is_eog(self._vocab, i))
-        self._template = compile_template(self._about("tokenizer.chat_template", 1 << 20), folder)
-        self._marks = {
-            "bos_token": self._text(llama_cpp.llama_vocab_bos(self._vocab)),
-            "eos_token": self._text(llama_cpp.llama_vocab_eos(self._vocab)),
-        }
-        self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        self.context_length, self.end_ids = self._file.context_length, self._file.end_ids
+        self._check_cache(self._file.kind)
+        self._template, self._marks = compile_template(self._file.template, folder), self._file.marks
+        self._batch = self._lib.llama_batch_init(CHUNK, 0, 1)
         self.use(adapter)
 
     def _check_cache(self, kind: str) -> None:
         """Refuse a cache in blocks that do not fit the heads: llama.cpp says so only when the first prompt comes."""
         if self._kv_cache in (None, "f32", "f16"):
             return
-        heads = int(self._about(f"{kind}.attention.head_count") or 1)
-        whole = int(self._about(f"{kind}.embedding_length") or 0) // heads
-        sizes = {int(self._about(f"{kind}.attention.{part}_length") or whole) for part in ("key", "value")}
+        heads = int(self._file.about(f"{kind}.attention.head_count") or 1)
+        whole = int(self._file.about(f"{kind}.embedding_length") or 0) // heads
+        sizes = {int(self._file.about(f"{kind}.attention.{part}_length") or whole) for part in ("key", "value")}
         odd = next((size for size in sizes if size % KV_BLOCK), None)
         if odd is not None:
             raise ModelError(
@@ -98,18 +74,9 @@ class LlamaCppEngine:
                 "use f16",
             )
 
-    def _about(self, key: str, room: int = 256) -> str:
-        """A value of the file's metadata, "" if it has none."""
-        buffer = ctypes.create_string_buffer(room)
-        length = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, room)
-        return buffer.value.decode("utf-8") if length >= 0 else ""
-
-    def _text(self, token: int) -> str:
-        return self._pieces([token], special=True).decode("utf-8", "replace") if 0 <= token < self._size else ""
-
     def token_texts(self) -> list[str]:
         """What each token id stands for, as the file spells it."""
-        return [self._lib.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for i in range(self._size)]
+        return [self._file.spelling(i) for i in range(self._size)]
 
     def use(self, adapter: str | None) -> None:
         """Answer with this adapter from now on; None: with the base alone.
@@ -138,11 +105,7 @@ class LlamaCppEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, marks such as `<|end|>` included; nothing is put before it."""
-        data = text.encode("utf-8")
-        room = len(data) + 8
-        buffer = (ctypes.c_int32 * room)()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, True)
-        return list(buffer[:count])
+        return self._file.tokenize(text)
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the rendered prompt, ready for the answer."""
@@ -152,20 +115,7 @@ class LlamaCppEngine:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens."""
-        return self._pieces(ids).decode("utf-8", "replace")
-
-    def _pieces(self, ids: Sequence[int], special: bool = False) -> bytes:
-        whole = b""
-        for token in ids:
-            room = 64
-            while True:
-                buffer = ctypes.create_string_buffer(room)
-                length = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
-                if length >= 0:
-                    break
-                room = -length
-            whole += buffer.raw[:length]
-        return whole
+        return self._file.pieces(ids).decode("utf-8", "replace")
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_done: Callable[[int], None] | None = None
@@ -192,14 +142,8 @@ class LlamaCppEngine:
             params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = rows * self._length, rows, CHUNK, CHUNK
             params.n_threads = params.n_threads_batch = self._threads
             params.no_perf = True
-            full = self._about("general.file_type") == ALL_F32
-            if self._kv_cache is not None or full:
-                kind = self._kv_cache or "f32"
-                params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{kind.upper()}")
-                if kind not in ("f32", "f16"):
-                    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-                elif kind == "f32":
-                    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            if self._kv_cache is not None or self._file.full:
+                cache_type(lib, params, self._kv_cache or "f32")
             self._context = lib.llama_init_from_model(self._model, params)
             if not self._context:
                 self._context = None
@@ -271,27 +215,6 @@ class LlamaCppEngine:
             lib.llama_adapter_lora_free(adapter)
         if self._batch is not None:
             lib.llama_batch_free(self._batch)
-        if self._model:
-            lib.llama_model_free(self._model)
+        self._file.close()
         self._context = self._batch = self._model = None
         self._adapters = {}
-
-
-def listen(lib: Any) -> None:
-    """Take the runtime's log, which it would print, and keep its last errors."""
-    if "callback" in _log:
-        return
-
-    def hear(level: int, text: bytes, _: Any) -> None:
-        if level == ERROR:
-            _log["lines"] = [*_log["lines"][-3:], text.decode("utf-8", "replace").strip()]
-
-    _log["callback"] = lib.llama_log_callback(hear)
-    lib.llama_log_set(_log["callback"], ctypes.c_void_p(0))
-    lib.llama_backend_init()
-
-
-def complaint() -> str:
-    """The runtime's last error lines, and forget them."""
-    lines, _log["lines"] = _log["lines"], []
-    return " ".join(lines) or "it does not say why"

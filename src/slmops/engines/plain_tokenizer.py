@@ -47,15 +47,21 @@ class PlainTokenizer:
         self._tokenizer.no_padding()
         settings = read_json(folder / "tokenizer_config.json")
         self._folder = folder
-        self._template = compile_template(chat_template(folder), folder)
+        self.template = chat_template(folder)
+        self._template = compile_template(self.template, folder)
         marks = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         self.marks = {name: _content(value) for name, value in marks.items() if value is not None}
 
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of the rendered prompt, ready for the answer."""
+    def encode(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Token ids of the rendered prompt, ready for the answer.
+
+        Args:
+            messages: `role` and `content`, or what else the template reads, such as `tool_calls`.
+            tools: functions that the answer may call, each an object as in the API of OpenAI.
+        """
         if self._template is None:
             raise ModelError(f"{self._folder} has no chat template", "convert a model that has one")
-        text = render(self._template, messages, self.marks)
+        text = render(self._template, messages, self.marks, tools)
         return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -79,6 +85,11 @@ class PlainTokenizer:
         """The id of a token."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
+
+    def special(self, id: int) -> bool:
+        """Whether a token is no text: `decode` leaves it out."""
+        added = self._tokenizer.get_added_tokens_decoder().get(id)
+        return bool(added is not None and added.special)
 
 
 def chat_template(folder: Path) -> str:
@@ -111,14 +122,17 @@ def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def render(template: Any, messages: Sequence[dict[str, str]], marks: dict[str, str]) -> str:
+def render(
+    template: Any, messages: Sequence[dict[str, Any]], marks: dict[str, str], tools: Sequence[dict[str, Any]] = ()
+) -> str:
     """The text of a prompt, ready for the answer.
 
     Raises:
         ModelError: the template refuses the messages.
     """
     try:
-        return str(template.render(messages=clean(messages), add_generation_prompt=True, **marks))
+        given = {"tools": list(tools) or None, "documents": None}
+        return str(template.render(messages=clean(messages), **given, add_generation_prompt=True, **marks))
     except Exception as error:
         raise ModelError(f"the chat template failed: {error}", "check chat_template.jinja of the model") from error
 
@@ -128,10 +142,21 @@ def compile_template(text: str, folder: Path) -> Any:
     if not text:
         return None
     from jinja2 import TemplateSyntaxError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """`{% generation %}` marks what a model says, for those who train: here it is its body."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            """See jinja2."""
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = time.strftime
@@ -148,6 +173,8 @@ def _refuse(message: str) -> None:
     raise ValueError(message)
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def _json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """As transformers writes JSON in a template; jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

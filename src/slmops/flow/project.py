@@ -252,9 +252,9 @@ def _override(tree: Any, text: str) -> str:
     return key.strip()
 
 
-def spec_problems(error: ValidationError) -> list[Problem]:
-    """What pydantic found wrong with a spec, in our words, without lines."""
-    return [_problem(detail) for detail in _merged(error)]
+def spec_problems(error: ValidationError, root: type[BaseModel] = Spec) -> list[Problem]:
+    """What pydantic found wrong with a file of the form `root`, in our words, without lines."""
+    return [_problem(detail, root) for detail in _merged(error)]
 
 
 def _merged(error: ValidationError) -> list[Any]:
@@ -286,7 +286,7 @@ def _is_branch(part: Any) -> bool:
     return part in names or part.startswith(("tuple[", "literal[", "function-", "float-"))
 
 
-def _problem(detail: Any) -> Problem:
+def _problem(detail: Any, root: type[BaseModel]) -> Problem:
     """What pydantic found, in our words; its place is for `Places.find` to add."""
     loc = detail["loc"]
     path = ".".join(str(part) for part in loc)
@@ -294,12 +294,12 @@ def _problem(detail: Any) -> Problem:
     value = detail.get("input")
     hint = ""
     if kind == "extra_forbidden":
-        allowed = _fields_at(loc[:-1])
+        allowed = _fields_at(loc[:-1], root)
         close = difflib.get_close_matches(str(loc[-1]), allowed, n=1, cutoff=0.5)
         message = "unknown key"
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(allowed)}"
     elif kind == "missing":
-        message, hint = "is missing", _hint_of(loc)
+        message, hint = "is missing", _hint_of(loc, root)
     elif kind == "literal_error":
         allowed = [text.strip("'") for text in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
@@ -310,7 +310,7 @@ def _problem(detail: Any) -> Problem:
     else:
         message = message.removeprefix("Input ").replace("should be", "must be").replace("should have", "must have")
         message = f"{message} (given: {_shown(value)})"
-        hint = _hint_of(loc)
+        hint = _hint_of(loc, root)
     return Problem(message, hint, path=path)
 
 
@@ -354,8 +354,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _model_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Spec
+def _model_at(loc: tuple[Any, ...], root: type[BaseModel] = Spec) -> type[BaseModel] | None:
+    model = root
     named = False
     for part in loc:
         if isinstance(part, int) or named:  # a place in a list, a name in a mapping
@@ -376,12 +376,12 @@ def annotations_at(loc: tuple[str, ...]) -> Any:
     return field.annotation if field else None
 
 
-def _fields_at(loc: tuple[Any, ...]) -> list[str]:
-    model = _model_at(loc)
+def _fields_at(loc: tuple[Any, ...], root: type[BaseModel] = Spec) -> list[str]:
+    model = _model_at(loc, root)
     return sorted(model.model_fields) if model else []
 
 
-def _hint_of(loc: tuple[Any, ...]) -> str:
-    model = _model_at(loc[:-1])
+def _hint_of(loc: tuple[Any, ...], root: type[BaseModel] = Spec) -> str:
+    model = _model_at(loc[:-1], root)
     field = model.model_fields.get(str(loc[-1])) if model else None
     return (field.description or "") if field else ""

@@ -7,100 +7,81 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from slmops.errors import MissingExtraError, SlmopsError
-from slmops.serve.model import Settings
+from slmops.serve import record as records
+from slmops.serve import versions
+from slmops.serve.adapters import JOIN
+from slmops.serve.connections import protocol
+from slmops.serve.definitions import Definitions
+from slmops.serve.definitions import folder as own_folder
+from slmops.serve.gate import Gate, Rules, State
+from slmops.serve.model import Model, Settings
 from slmops.serve.pool import Pool
+from slmops.serve.record import Record
+from slmops.serve.refusals import body_of
+from slmops.serve.tls import Certificate
 
-LARGEST_BODY = 4 << 20
 DRAIN_S = 600.0
 
 
-class Gate:
-    """Refuses requests while the server drains, and bodies that are too large, before anything reads them. ASGI middleware."""
-
-    def __init__(self, app: Any, state: State, refuse: Callable[..., Any]) -> None:
-        self._app, self._state, self._refuse = app, state, refuse
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """See ASGI."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            await self._app(scope, receive, send)
-            return
-        if self._state.draining:
-            await self._refuse(503, "the server is about to end", "server_error", code="draining")(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(length) > LARGEST_BODY:
-            said = f"the body has {int(length)} bytes, more than {LARGEST_BODY}"
-            await self._refuse(413, said)(scope, receive, send)
-            return
-        self._state.open += 1
-        try:
-            await self._app(scope, self._bounded(receive), send)
-        finally:
-            self._state.open -= 1
-
-    def _bounded(self, receive: Any) -> Any:
-        """A body without a length is cut where it is too large, and is then no JSON."""
-        seen = 0
-
-        async def bounded() -> Any:
-            nonlocal seen
-            message = await receive()
-            if message["type"] != "http.request":  # the client has left: nobody may be kept from hearing it
-                return message
-            seen += len(message.get("body", b""))
-            return message if seen <= LARGEST_BODY else {"type": "http.request", "body": b"\0", "more_body": False}
-
-        return bounded
-
-
-class State:
-    """What the server is at. `open`: requests that are being answered."""
-
-    def __init__(self) -> None:
-        self.draining = False
-        self.open = 0
-
-
-def application(pool: Pool, state: State) -> Any:
+def application(
+    pool: Pool, state: State, rules: Rules | None = None, tell: Sequence[Callable[[Record], None]] = ()
+) -> Any:
     """The ASGI application over some models, which it stops at its end.
+
+    Args:
+        rules: what is let in; None: everything.
+        tell: each gets every request that is over.
 
     Raises:
         MissingExtraError: starlette is not installed.
     """
     try:
         from starlette.applications import Starlette
-        from starlette.middleware import Middleware
         from starlette.requests import Request
         from starlette.responses import JSONResponse, Response
         from starlette.routing import Route
     except ImportError as error:
         raise MissingExtraError("The server", "serve") from error
+    from slmops.serve import admin
+    from slmops.serve.dialects.ollama import Ollama
     from slmops.serve.dialects.openai import OpenAi
-    from slmops.serve.dialects.openai import error as refuse
+    from slmops.serve.metrics import Metrics
+    from slmops.serve.page import page, part
 
-    openai = OpenAi(pool)
+    openai, ollama, metrics = OpenAi(pool), Ollama(pool), Metrics(pool, state)
+    keyed = rules is not None and rules.keys is not None
+    pool.left, pool.who = records.left, lambda: records.current().key or None
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:
         loaded = {model.settings.name: model.ready for model in pool}
-        good = all(loaded.values()) and not state.draining
-        return JSONResponse({"ready": good, "draining": state.draining, "models": loaded}, 200 if good else 503)
+        good = not state.draining and all(model.state != "failed" for model in pool)
+        told: dict[str, Any] = {"ready": good, "draining": state.draining}
+        if not keyed or records.current().key:
+            told["models"] = loaded
+        return JSONResponse(told, 200 if good else 503)
+
+    async def measured(request: Request) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def missing(request: Request, failure: Exception) -> Response:
         status = int(getattr(failure, "status_code", 404))
         said = f"{request.method} is not for {request.url.path}" if status == 405 else f"there is no {request.url.path}"
-        return refuse(status, said, code="unknown_url")
+        there = getattr(failure, "headers", None)  # which methods there are
+        return JSONResponse(body_of(request.url.path, status, said, "unknown_url"), status, headers=there)
 
     async def broken(request: Request, failure: Exception) -> Response:
-        return refuse(500, "the server failed", "server_error")
+        return JSONResponse(body_of(request.url.path, 500, "the server failed"), 500)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -108,23 +89,52 @@ def application(pool: Pool, state: State) -> Any:
         await pool.stop()
 
     routes = [
+        Route("/", page),
+        Route("/chat/{name}", part),
         Route("/healthz", health),
         Route("/readyz", ready),
+        Route("/metrics", measured),
         Route("/v1/models", openai.models),
         Route("/v1/models/{name:path}", openai.model),
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
+        *ollama.routes(),
+        Route("/v1/embeddings", openai.embeddings, methods=["POST"]),
+        Route("/v1/responses", openai.responses, methods=["POST"]),
+        Route("/v1/responses/{id}", openai.response, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{id}/input_items", openai.response_input),
+        Route("/openapi.json", openai.document),
+        *admin.routes(pool, (lambda request: True) if keyed else admin.local),  # a key's scope was seen at the gate
     ]
-    gate = Middleware(Gate, state=state, refuse=refuse)
     handlers: Any = {404: missing, 405: missing, 500: broken}
-    return Starlette(routes=routes, middleware=[gate], exception_handlers=handlers, lifespan=lifespan)
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    return Gate(app, state, rules, [metrics.tell, *tell])
 
 
-def serve(wanted: Sequence[Settings], host: str, port: int, say: Callable[[str], None]) -> None:
+@dataclass(frozen=True)
+class Trial:
+    """A candidate from the start on; see `slmops.serve.versions.Candidate`."""
+
+    name: str
+    folder: Path
+    share: float
+    shadow: float
+
+
+def serve(
+    wanted: Sequence[Settings], host: str, port: int, say: Callable[[str], None], memory: int | None = None,
+    trials: Sequence[Trial] = (), definitions: Path | None = None, rules: Rules | None = None,
+    tell: Sequence[Callable[[Record], None]] = (), certificate: Certificate | None = None,
+) -> None:  # fmt: skip
     """Load the models, answer until SIGTERM or SIGINT, finish what was begun.
 
     Args:
+        memory: bytes that all models may take together; see `Pool`.
+        trials: candidates.
         say: gets the lines that people read.
+        definitions: the folder of definitions; None: that of the user.
+        rules, tell: see `application`.
+        certificate: speaks TLS with it.
 
     Raises:
         MissingExtraError: the packages of the server are not installed.
@@ -136,9 +146,13 @@ def serve(wanted: Sequence[Settings], host: str, port: int, say: Callable[[str],
     except ImportError as error:
         raise MissingExtraError("The server", "serve") from error
     state = State()
-    pool = Pool(wanted)
-    app = application(pool, state)
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=75)
+    pool = Pool(wanted, budget=memory)
+    pool.definitions = Definitions(definitions or own_folder())
+    app = application(pool, state, rules, tell)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=75, http=protocol(), ws="none",
+        server_header=False, ssl_context_factory=(lambda config, default: certificate.context) if certificate else None,
+    )  # fmt: skip
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         """Drains before it ends."""
@@ -161,23 +175,50 @@ def serve(wanted: Sequence[Settings], host: str, port: int, say: Callable[[str],
     async def main() -> None:
         server = Server(config)
         socket = _bound(config)
+        renewing: asyncio.Task[None] | None = None
         try:
             await pool.start()
-            address = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
+            for trial in trials:
+                other = replace(pool.slots[trial.name].current.settings, folder=trial.folder)
+                await versions.try_out(pool, trial.name, other, trial.share, trial.shadow)
+            settle()
+            address = f"http{'s' if certificate else ''}://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
             for model in pool:
                 s = model.settings
-                say(f"{s.name}: {s.rows} answers at a time, {model.context_length} tokens each")
-            say(f"serving {address}/v1")
+                say(f"{s.name}: {s.rows} answers at a time, {_loaded(model)}")
+                if model.adapters:
+                    say(f"{s.name}: adapters {', '.join(f'{s.name}{JOIN}{name}' for name in model.adapters)}")
+            say(f"serving {address}/v1, chat at {address}/")
             loop = asyncio.get_running_loop()
             for sign in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(sign, server.handle_exit, sign, None)
+            if certificate is not None:
+                renewing = asyncio.create_task(certificate.follow(say))
             with contextlib.suppress(asyncio.CancelledError):
                 await server._serve([socket])
         finally:
+            if renewing is not None:
+                renewing.cancel()
             socket.close()
             await pool.stop()
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:  # uvloop where it is installed
+        runner.run(main())
+
+
+def settle() -> None:
+    """Nothing that is there by now is looked through for garbage again, which takes longer than an answer's tokens."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+def _loaded(model: Model) -> str:
+    """What a model is at, for people."""
+    if not model.ready:
+        return f"{model.engine}, loaded when it is asked"
+    threads = f"{model.threads} thread{'s' if model.threads > 1 else ''}"
+    return f"{model.context_length} tokens each, {model.engine} with {threads}"
 
 
 def _bound(config: Any) -> Any:

@@ -1,23 +1,27 @@
 """Picking the next token of many answers at once.
 
 In this order, as the servers do that people know: penalties and biases, what a grammar allows, temperature, then min-p, top-k and
-top-p. Each answer draws from a generator of its own, so that what it says depends on its seed and its prompt, never on the answers
-beside it.
+top-p. Each answer draws from a generator of its own, and all are picked in the same few operations over a matrix of logits.
+
+Law: what an answer says depends on its seed and its prompt, bit for bit, never on the answers beside it: every operation is element by
+element, or goes along one row in an order that the other rows do not change.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from slmops.serve import drawing
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LIKELY = 1024
-"""So many of the most likely tokens are sorted at first; all of them only where these are not enough for top-p."""
+    Mask = NDArray[np.bool_] | NDArray[np.int32]
+    """Which tokens may come: (vocabulary,), or in 32 bits of each number, the lowest first. Tokens beyond its end may not."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Picked:
 
 
 class Picker:
-    """Picks the tokens of one answer, one after the other.
+    """What one answer's tokens are picked by, one after the other; see `pick`.
 
     Args:
         prompt: its ids, for the repetition penalty.
@@ -75,108 +79,139 @@ class Picker:
     def __init__(self, how: Picking, prompt: Sequence[int], chance: int) -> None:
         import numpy as np
 
-        self._how = how
-        self._random = np.random.default_rng(chance if how.seed is None else how.seed) if how.temperature else None
-        self._answer: Counter[int] = Counter()
-        self._seen = set(prompt) if how.repetition_penalty != 1 else set()
+        self.how = how
+        self.random = np.random.default_rng(chance if how.seed is None else how.seed) if how.temperature else None
+        self.plain = self.random is None and not how.changes
+        """The most likely token, whatever came before."""
+        self.places: dict[int, int] = {}
+        self.answer, self.counts = array("q"), array("f")
+        """The tokens of the answer and how often it has them, where a penalty counts them."""
+        self.known = set(prompt) if how.repetition_penalty != 1 else set[int]()
+        self.seen = array("q", self.known)
+        self.biased = array("q", how.logit_bias)
+        self.biases = array("f", how.logit_bias.values())
 
-    def pick(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> Picked:
-        """The next token.
+    def pick(self, logits: NDArray[np.float32], allowed: Mask | None = None) -> Picked:
+        """The next token of this answer alone."""
+        return pick([self], [logits], [allowed])[0]
 
-        Args:
-            logits: (vocabulary,); left as they are.
-            allowed: (vocabulary,) which tokens may come; None: all.
-        """
-        import numpy as np
-
-        how, row = self._how, logits
-        if how.changes:
-            row = self._changed(logits)
-        if allowed is not None:
-            row = np.where(allowed, row, -np.inf)
-        if self._random is None:
-            token = int(row.argmax())
-        else:
-            token = draw(row, how, float(self._random.random()))
-        if how.frequency_penalty or how.presence_penalty:
-            self._answer[token] += 1
-        if how.repetition_penalty != 1:
-            self._seen.add(token)
-        if how.logprobs is None:
-            return Picked(token)
-        return told(logits, token, how.logprobs)
-
-    def _changed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        import numpy as np
-
-        how = self._how
-        row = logits.copy()
-        if self._seen:
-            ids = np.fromiter(self._seen, np.int64)
-            some = row[ids]
-            row[ids] = np.where(some > 0, some / how.repetition_penalty, some * how.repetition_penalty)
-        if self._answer:
-            ids = np.fromiter(self._answer, np.int64)
-            counts = np.fromiter(self._answer.values(), np.float32)
-            row[ids] -= how.frequency_penalty * counts + how.presence_penalty
-        for id, bias in how.logit_bias.items():
-            row[id] += bias
-        return row
+    def _note(self, token: int) -> None:
+        if self.how.frequency_penalty or self.how.presence_penalty:
+            place = self.places.setdefault(token, len(self.answer))
+            if place == len(self.answer):
+                self.answer.append(token)
+                self.counts.append(0.0)
+            self.counts[place] += 1
+        if self.how.repetition_penalty != 1 and token not in self.known:
+            self.known.add(token)
+            self.seen.append(token)
 
 
-def draw(row: NDArray[np.float32], how: Picking, chance: float) -> int:
-    """A token by chance.
+def pick(
+    pickers: Sequence[Picker], logits: Sequence[NDArray[np.float32]], allowed: Sequence[Mask | None] = ()
+) -> list[Picked]:
+    """The next token of each answer.
 
     Args:
-        row: logits (vocabulary,), −inf where a token may not come.
-        chance: uniform in [0, 1).
+        logits: of each, (vocabulary,); left as they are.
+        allowed: which tokens may come in each; None or nothing: all.
     """
     import numpy as np
 
-    best = float(row.max())
-    some = how.top_k if 0 < how.top_k < len(row) else min(LIKELY, len(row)) if how.top_p < 1 else 0
-    while True:
-        ids: Any = np.argpartition(row, -some)[-some:] if 0 < some < len(row) else np.arange(len(row))
-        weights = np.exp((row[ids].astype(np.float64) - best) / how.temperature)
-        if how.min_p:
-            weights[weights < how.min_p] = 0.0
-        if how.top_p >= 1:
-            order = np.argsort(ids) if some else slice(None)
-            break
-        # of all that top-k leaves, of which `ids` are the most likely
-        whole = weights.sum() if some in (0, how.top_k) or some == len(row) else _whole(row, best, how)
-        order = np.lexsort((ids, -weights))
-        heap = weights[order].cumsum()
-        cut = how.top_p * whole
-        if heap[-1] >= cut or some in (0, how.top_k) or some == len(row):
-            count = int(np.searchsorted(heap, cut)) + 1
-            order = order[:count]
-            break
-        some = len(row)
-    heap = weights[order].cumsum()
-    place = min(int(np.searchsorted(heap, chance * heap[-1], "right")), len(heap) - 1)
-    while weights[order][place] == 0.0:  # chance × sum was rounded up to the sum
-        place -= 1
-    return int(ids[order][place])
+    masks = allowed or [None] * len(pickers)
+    tokens = [-1] * len(pickers)
+    others = []
+    for place, (picker, row, mask) in enumerate(zip(pickers, logits, masks, strict=True)):
+        if picker.plain and mask is None:
+            tokens[place] = int(row.argmax())
+        else:
+            others.append(place)
+    if others:
+        some = [pickers[place] for place in others]
+        matrix = np.stack([logits[place] for place in others])
+        _change(matrix, some)
+        for row, place in zip(matrix, others, strict=True):
+            mask = masks[place]
+            if mask is not None:
+                row[~_plain(mask, len(row))] = -np.inf
+        for place, token in zip(others, _chosen(matrix, some), strict=True):
+            tokens[place] = token
+        for picker, place in zip(some, others, strict=True):
+            if picker.how.changes:
+                picker._note(tokens[place])
+    if all(picker.how.logprobs is None for picker in pickers):
+        return [Picked(token) for token in tokens]
+    return _told(pickers, logits, tokens)
 
 
-def _whole(row: NDArray[np.float32], best: float, how: Picking) -> float:
+def _plain(mask: Mask, vocabulary: int) -> NDArray[np.bool_]:
     import numpy as np
 
-    weights = np.exp((row.astype(np.float64) - best) / how.temperature)
-    return float(weights[weights >= how.min_p].sum())
+    bits: NDArray[Any] = (
+        mask if mask.dtype == bool else np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
+    )
+    if len(bits) >= vocabulary:
+        return bits[:vocabulary]
+    return np.concatenate([bits, np.zeros(vocabulary - len(bits), bool)])
 
 
-def told(logits: NDArray[np.float32], token: int, count: int) -> Picked:
-    """A token with its log probability and the `count` most likely ones, most likely first, the lower id on ties."""
+def _change(matrix: NDArray[np.float32], pickers: Sequence[Picker]) -> None:
+    """Penalties and biases, in place."""
     import numpy as np
 
-    row = logits.astype(np.float64)
-    row -= row.max()
-    row -= np.log(np.exp(row).sum())
-    if not count:
-        return Picked(token, float(row[token]))
-    count = min(count, len(row))
-    ids = np.argpartition(-row, count - 1)[:count]
-    ids = ids[np.lexsort((ids, -row[ids]))]
-    return Picked(token, float(row[token]), tuple((int(i), float(row[i])) for i in ids))
+    def places(lists: Sequence[array[int]]) -> tuple[Any, Any, list[int]]:
+        lengths = [len(ids) for ids in lists]
+        ids = np.concatenate([np.frombuffer(ids, np.int64) if ids else np.empty(0, np.int64) for ids in lists])
+        return np.repeat(np.arange(len(lists)), lengths), ids, lengths
+
+    def each(values: Sequence[float], lengths: list[int]) -> Any:
+        return np.repeat(np.array(values, np.float32), lengths)
+
+    hows = [picker.how for picker in pickers]
+    if any(picker.seen for picker in pickers):
+        rows, ids, lengths = places([picker.seen for picker in pickers])
+        some, penalty = matrix[rows, ids], each([how.repetition_penalty for how in hows], lengths)
+        matrix[rows, ids] = np.where(some > 0, some / penalty, some * penalty)
+    if any(picker.answer for picker in pickers):
+        rows, ids, lengths = places([picker.answer for picker in pickers])
+        counts = np.concatenate([np.array(picker.counts, np.float32) for picker in pickers])
+        often, once = ([getattr(how, f"{kind}_penalty") for how in hows] for kind in ("frequency", "presence"))
+        matrix[rows, ids] -= each(often, lengths) * counts + each(once, lengths)
+    if any(picker.biased for picker in pickers):
+        rows, ids, lengths = places([picker.biased for picker in pickers])
+        matrix[rows, ids] += np.concatenate([np.array(picker.biases, np.float32) for picker in pickers])
+
+
+def _chosen(matrix: NDArray[np.float32], pickers: Sequence[Picker]) -> list[int]:
+    """A token of each row, greedily or by chance."""
+    if all(picker.random is None for picker in pickers):
+        return [int(token) for token in matrix.argmax(axis=1)]
+    tokens = [-1] * len(pickers)
+    alike: dict[int, list[int]] = {}
+    for row, picker in enumerate(pickers):
+        if picker.random is None:
+            tokens[row] = int(matrix[row].argmax())
+        else:
+            alike.setdefault(drawing.first(picker.how, matrix.shape[1]), []).append(row)
+    for count, rows in alike.items():
+        chances = [float(picker.random.random()) for picker in (pickers[row] for row in rows) if picker.random]
+        some = matrix if len(rows) == len(pickers) else matrix[rows]
+        for row, token in zip(
+            rows, drawing.draw(some, [pickers[row].how for row in rows], chances, count), strict=True
+        ):
+            tokens[row] = token
+    return tokens
+
+
+def _told(pickers: Sequence[Picker], logits: Sequence[NDArray[np.float32]], tokens: Sequence[int]) -> list[Picked]:
+    """Tokens with what is to be told of them."""
+    found = [Picked(token) for token in tokens]
+    alike: dict[int, list[int]] = {}
+    for place, picker in enumerate(pickers):
+        if picker.how.logprobs is not None:
+            alike.setdefault(picker.how.logprobs, []).append(place)
+    for count, places in alike.items():
+        told = drawing.told([logits[place] for place in places], [tokens[place] for place in places], count)
+        for place, (logprob, likely) in zip(places, told, strict=True):
+            found[place] = Picked(tokens[place], logprob, likely)
+    return found

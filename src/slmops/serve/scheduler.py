@@ -1,7 +1,8 @@
 """Which prompt and which answer goes on when: the loop between requests and an engine's rows.
 
-In each `step` one chunk of one prompt is read, and then all answers that have begun get their next token in one pass. So a long prompt
-does not hold up the answers beside it, and a request joins or leaves at any step. What a row still holds of an
+In each `step` a chunk of one prompt is read, or several short prompts that have no more tokens together, and then all answers that
+have begun get their next token in one pass. So prompts do not hold up the answers beside them for long, and a request joins or
+leaves at any step. What a row still holds of an
 earlier prompt is used again where the new one begins alike.
 
 Law: an answer's tokens depend on its request alone, bit for bit, never on which others were there (held by a property test). For that,
@@ -13,12 +14,12 @@ No thread, no clock, no IO: the caller takes steps and times them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from slmops.errors import ModelError, ResourceError
-from slmops.serve.sampling import Picked, Picker, Picking
+from slmops.serve.sampling import Picked, Picker, Picking, pick
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,13 +29,34 @@ if TYPE_CHECKING:
 
 CHUNK = 128
 """Tokens of a prompt that are read in one step."""
-Finish = Literal["stop", "length"]
-Allow = Callable[[Sequence[int]], "NDArray[np.bool_] | None"]
-"""Which tokens may come after those of an answer, (vocabulary,); None: all."""
+Finish = Literal["stop", "length", "failed"]
 
 
 class RequestError(ModelError):
     """What was asked cannot be done by this model: the client has to ask for something else."""
+
+
+class GrammarError(RequestError):
+    """What an answer shall look like cannot be read, or cannot be held to."""
+
+
+class Limited(Protocol):
+    """What one answer may say, token by token; see `slmops.serve.grammar.Limit`. A request needs one of its own."""
+
+    why: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can follow but the end."""
+
+    def begin(self) -> None:
+        """Called before the pass of the model after which `mask` is asked for."""
+
+    def mask(self) -> NDArray[np.bool_]:
+        """(vocabulary,) which tokens may come next."""
+
+    def take(self, token: int) -> None:
+        """The token that was picked."""
 
 
 def check_length(prompt: Sequence[int], context: int) -> None:
@@ -50,6 +72,17 @@ def check_length(prompt: Sequence[int], context: int) -> None:
         )
 
 
+def check_adapter(adapter: str | None, known: Collection[str]) -> None:
+    """Refuse an adapter that the model has not.
+
+    Raises:
+        RequestError: it has not.
+    """
+    if adapter is not None and adapter not in known:
+        there = f"it has: {', '.join(sorted(known))}" if known else "it has none"
+        raise RequestError(f"the model has no adapter {adapter}", there)
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt to answer.
@@ -60,7 +93,8 @@ class Request:
         most: new tokens at most; fewer where the context ends.
         how: how they are picked.
         ignore_end: goes on after an end token.
-        allow: what a grammar allows.
+        limit: what it may say; None: anything.
+        adapter: the model's adapter that it is answered with; None: the base alone.
     """
 
     id: int
@@ -68,18 +102,20 @@ class Request:
     most: int
     how: Picking = field(default_factory=Picking)
     ignore_end: bool = False
-    allow: Allow | None = None
+    limit: Limited | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A request got a token. `finish`: it was the last one, as the end token came or there is no room; `cached`: tokens of the
-    prompt that had not to be read, told with the first token."""
+    """A request got a token. `finish`: it was the last one, as the end token came, nothing else may follow, or there is no room; or,
+    with `failed`, none was found, and `why` says it. `cached`: tokens of the prompt that had not to be read, told with the first token."""
 
     id: int
     picked: Picked
     finish: Finish | None = None
     cached: int = 0
+    why: str = ""
 
 
 @dataclass
@@ -109,6 +145,10 @@ class Scheduler:
         self._busy: dict[int, _Busy] = {}
         self._held: list[tuple[int, ...]] = [()] * engine.rows
         """Of each row the prompt's tokens that it holds in whole chunks."""
+        self._worn: list[str | None] = [None] * engine.rows
+        """Of each row the adapter that these were read with."""
+        self.admitted: list[int] = []
+        """Requests that got a row in the last step."""
 
     @property
     def waiting(self) -> int:
@@ -130,6 +170,7 @@ class Scheduler:
         check_length(request.prompt, self._engine.context_length)
         if request.most < 1:
             raise RequestError("no token may be written", "ask for at least one")
+        check_adapter(request.adapter, self._engine.adapters)
         if len(self._waiting) >= self._most + self._engine.rows - len(self._busy):
             raise ResourceError(f"{len(self._waiting)} requests are waiting already", "try again later")
         self._waiting.append(request)
@@ -147,7 +188,8 @@ class Scheduler:
         return False
 
     def step(self) -> list[Progress]:
-        """Read one chunk of the oldest prompt that is not read, and give every answer that has begun its next token.
+        """Read on in the oldest prompts that are not read, a chunk of tokens at most, and give every answer that has begun its next
+        token.
 
         Raises:
             ModelError: the engine failed; what it held is lost.
@@ -155,33 +197,46 @@ class Scheduler:
         self._admit()
         found = []
         reading = [row for row, busy in self._busy.items() if busy.last is None]
-        if reading:  # in the order in which they came
-            found += self._read(reading[0])
-        fresh = {row for row in reading[:1] if row in self._busy and self._busy[row].last is not None}
+        fresh, left = set(), self._chunk
+        for row in reading:  # in the order in which they came
+            left -= self._next(row)
+            if left < 0:
+                break
+            found += self._read(row)
+            if row in self._busy and self._busy[row].last is None:
+                break
+            fresh.add(row)
         going = {row: busy.last for row, busy in self._busy.items() if busy.last is not None and row not in fresh}
         if going:
+            for row in going:
+                if limit := self._busy[row].request.limit:
+                    limit.begin()
             logits = self._engine.decode({row: last for row, last in going.items() if last is not None})
-            for row in sorted(logits):
-                found.append(self._token(row, logits[row]))
+            found += self._tokens(logits)
         self._gather()
         return found
 
     def _admit(self) -> None:
+        self.admitted = []
         while self._waiting and len(self._busy) < self._engine.rows:
             request = self._waiting.popleft()
-            row, shared = self._choose(request.prompt)
+            self.admitted.append(request.id)
+            row, shared = self._choose(request)
             self._engine.cut(row, shared)
-            self._held[row] = request.prompt[:shared]
+            shared = self._engine.length(row)  # none where the model has no state of a beginning
+            self._engine.wear(row, request.adapter)
+            self._held[row], self._worn[row] = request.prompt[:shared], request.adapter
             room = min(request.most, self._engine.context_length - len(request.prompt))
             self._busy[row] = _Busy(request, Picker(request.how, request.prompt, request.id), room, shared)
 
-    def _choose(self, prompt: tuple[int, ...]) -> tuple[int, int]:
+    def _choose(self, request: Request) -> tuple[int, int]:
         """A free row, and how many tokens of it the prompt begins with: that which spares most reading; among equals the one that
         holds least, then the lowest, so that few idle rows lie below busy ones."""
         best: tuple[int, int, int] | None = None
         for row in range(self._engine.rows):
             if row not in self._busy:
-                shared = self._shared(self._held[row], prompt)
+                same = self._worn[row] == request.adapter
+                shared = self._shared(self._held[row], request.prompt) if same else 0
                 key = (-shared, 0 if shared else len(self._held[row]), row)
                 best = min(best, key) if best else key
         assert best is not None
@@ -195,24 +250,41 @@ class Scheduler:
             shared += self._chunk
         return shared
 
+    def _next(self, row: int) -> int:
+        """Tokens of the next piece of its prompt."""
+        return min(self._chunk, len(self._busy[row].request.prompt) - self._engine.length(row))
+
     def _read(self, row: int) -> list[Progress]:
         busy = self._busy[row]
         prompt, begin = busy.request.prompt, self._engine.length(row)
-        end = min(begin + self._chunk, len(prompt))
+        end = begin + self._next(row)
         logits = self._engine.feed(row, prompt[begin:end])
         if (end - begin) == self._chunk:
             self._held[row] = prompt[:end]
-        return [self._token(row, logits)] if end == len(prompt) else []
+        return self._tokens({row: logits}) if end == len(prompt) else []
 
-    def _token(self, row: int, logits: NDArray[np.float32]) -> Progress:
+    def _tokens(self, logits: Mapping[int, NDArray[np.float32]]) -> list[Progress]:
+        """The next token of each of these rows."""
+        rows = sorted(logits)
+        some = [self._busy[row] for row in rows]
+        allowed = [busy.request.limit.mask() if busy.request.limit else None for busy in some]
+        picked = pick([busy.picker for busy in some], [logits[row] for row in rows], allowed)
+        return [self._token(row, one) for row, one in zip(rows, picked, strict=True)]
+
+    def _token(self, row: int, picked: Picked) -> Progress:
         busy = self._busy[row]
         request = busy.request
-        picked = busy.picker.pick(logits, request.allow(busy.tokens) if request.allow else None)
+        limit = request.limit
+        if limit:
+            limit.take(picked.token)
+            if limit.why:
+                self._free(row)
+                return Progress(request.id, picked, "failed", why=limit.why)
         cached = busy.cached if not busy.tokens else 0
         busy.tokens.append(picked.token)
         busy.last = picked.token
         finish: Finish | None = None
-        if picked.token in self._engine.end_ids and not request.ignore_end:
+        if (picked.token in self._engine.end_ids and not request.ignore_end) or (limit and limit.ended):
             finish = "stop"
         elif len(busy.tokens) == busy.room:
             finish = "length"
@@ -223,15 +295,17 @@ class Scheduler:
     def _free(self, row: int) -> None:
         """The row keeps the whole chunks of its prompt for the next one that begins alike."""
         del self._busy[row]
-        self._engine.cut(row, len(self._held[row]))
+        self._engine.cut(row, min(len(self._held[row]), self._engine.length(row)))
+        self._held[row] = self._held[row][: self._engine.length(row)]
 
     def _gather(self) -> None:
         """Move the last answer down while more than half of the rows up to it are idle: they are computed in vain."""
-        while self._busy:
+        while self._busy and self._engine.packed:
             last = max(self._busy)
             if len(self._busy) * 2 > last + 1 or self._busy[last].last is None:
                 return
             target = min(row for row in range(last) if row not in self._busy)
             self._engine.move(last, target)
             self._held[target], self._held[last] = self._held[last], ()
+            self._worn[target], self._worn[last] = self._worn[last], None
             self._busy = {target if row == last else row: busy for row, busy in self._busy.items()}

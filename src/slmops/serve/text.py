@@ -5,7 +5,7 @@ Law: the pieces joined are the text of all tokens decoded at once, up to the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from slmops.engines.plain_tokenizer import PlainTokenizer
 
@@ -15,17 +15,31 @@ KEEP = 4
 
 
 class Stream:
-    """The text that each token adds. A character of several tokens comes with the last of them."""
+    """The text that each token adds. A character of several tokens comes with the last of them.
 
-    def __init__(self, tokenizer: PlainTokenizer) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        shown: special tokens that are a part of the text; others are not.
+    """
+
+    def __init__(self, tokenizer: PlainTokenizer, shown: Collection[int] = ()) -> None:
+        self._tokenizer, self._shown = tokenizer, frozenset(shown)
         self._ids: list[int] = []
         self._ends = [0]
         """Counts of tokens at which text was told, so that never a part of a character is decoded without the rest."""
 
-    def add(self, token: int) -> str:
-        """What this token adds, "" while its character is not whole."""
-        self._ids.append(token)
+    def add(self, *tokens: int) -> str:
+        """What these tokens add, without a character that is not whole yet."""
+        if self._shown.isdisjoint(tokens):
+            return self._add(tokens)
+        return "".join(self._show(token) if token in self._shown else self._add((token,)) for token in tokens)
+
+    def _show(self, token: int) -> str:
+        before = self.rest()
+        self._ids, self._ends = [], [0]
+        return before + self._tokenizer.token(token)
+
+    def _add(self, tokens: Sequence[int]) -> str:
+        self._ids += tokens
         before, now = self._around()
         if now.endswith(UNFINISHED) or not now.startswith(before):
             return ""
