@@ -108,7 +108,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "qlora": ("training over a base in 4 bits", ("bitsandbytes",)),
     "convert": ("conversion", ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")),
     "gguf": ("writing GGUF for llama.cpp", ("gguf",)),
-    "runtime": ("running, chat", ("onnxruntime-genai", "onnxruntime", "psutil")),
+    "runtime": ("running, chat", ("onnxruntime-genai", "onnxruntime", "tokenizers", "psutil")),
     "serve": ("serving", ("starlette", "uvicorn", "prometheus-client", "onnxruntime", "tokenizers", "llguidance")),
     "otel": ("traces of a server", ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")),
     "evaluate": ("judging", ("scipy", "rouge-score")),

@@ -450,17 +450,11 @@ class Model:
                     ended = not isinstance(rows, DeadlineError)
                     raise rows
                 for some in [rows] if joined else [[row] for row in rows]:
-                    _, token, finish, _, *told = some[-1]
-                    ended = finish is not None
-                    text = stop.add(stream.add(*(row[1] for row in some)) + (stream.rest() if ended else ""))
-                    if stop.found:
-                        finish = "stop"
-                    elif ended:
-                        text += stop.rest()
-                    watch.token(some[0][3], text, len(some))
-                    logprob, likely = told or (None, ())
-                    likely = tuple((int(i), float(v)) for i, v in likely)
-                    yield Piece(text, token, finish, some[0][3], logprob, likely, len(some))
+                    ended = some[-1][2] is not None
+                    piece = piece_of(some, stream, stop)
+                    finish = piece.finish
+                    watch.token(piece.cached, piece.text, piece.tokens)
+                    yield piece
                     if stop.found:
                         return
         finally:
@@ -562,6 +556,20 @@ class Model:
             if self._reader is not None:
                 await self._reader
         self.reserved = 0
+
+
+def piece_of(rows: Sequence[Sequence[Any]], stream: Stream, stop: Stop) -> Piece:
+    """What some tokens of an answer add: [id, token, finish, cached] of each, and log probabilities where they were asked for."""
+    _, token, finish, _, *told = rows[-1]
+    text = stop.add(stream.add(*(row[1] for row in rows)) + (stream.rest() if finish else ""))
+    if stop.found:
+        finish = "stop"
+    elif finish:
+        text += stop.rest()
+    logprob, likely = told or (None, ())
+    return Piece(
+        text, token, finish, rows[0][3], logprob, tuple((int(id), float(value)) for id, value in likely), len(rows)
+    )
 
 
 def _seen(task: asyncio.Task[None]) -> None:

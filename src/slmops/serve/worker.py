@@ -104,12 +104,12 @@ class Teller:
         for progress in found:
             rows = self._rows.get(progress.id)
             if rows is None or progress.finish:
-                now += [*(rows or ()), _row(progress)]
+                now += [*(rows or ()), row_of(progress)]
                 self._rows[progress.id] = []
                 if progress.finish:
                     del self._rows[progress.id]
             else:
-                rows.append(_row(progress))
+                rows.append(row_of(progress))
         when = self._clock()
         if when - self._told >= self._every * max(1.0, len(self._rows) / FEW):
             self._told = when
@@ -198,7 +198,8 @@ def request_of(asked: dict[str, Any]) -> Request:
     )  # fmt: skip
 
 
-def _row(progress: Progress) -> list[Any]:
+def row_of(progress: Progress) -> list[Any]:
+    """A token as it goes over the line."""
     picked = progress.picked
     row = [progress.id, picked.token, progress.finish, progress.cached]
     return row if picked.logprob is None else [*row, picked.logprob, picked.likely]
