@@ -45,6 +45,17 @@ def test_openai_for_python(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_everything_with_openai_for_python(folder: Path) -> None:
+    with served(folder) as (client, _):
+        run(sys.executable, CLIENTS / "every_openai.py", f"{str(client.base_url).rstrip('/')}/v1", "tiny")
+
+
+@pytest.mark.parametrize("file", sorted(CLIENTS.glob("*.py")), ids=lambda path: path.name)
+def test_python_can_be_parsed(file: Path) -> None:
+    compile(file.read_text(encoding="utf-8"), str(file), "exec")
+
+
+@pytest.mark.slow
 def test_ollama_for_python(folder: Path) -> None:
     with served(folder, "--context", "96") as (client, _):
         said = run(sys.executable, CLIENTS / "with_ollama.py", "tiny", MESSAGE, OLLAMA_HOST=str(client.base_url))
@@ -60,6 +71,8 @@ def test_openai_for_node(folder: Path, tmp_path: Path) -> None:
     with served(folder, "--context", "96") as (client, _):
         url = str(client.base_url).rstrip("/")
         said = run(node, tmp_path / "with_openai.mjs", "tiny", MESSAGE, SLMOPS_URL=url)
+        shutil.copy(CLIENTS / "every_openai.mjs", tmp_path)
+        run(node, tmp_path / "every_openai.mjs", f"{url}/v1", "tiny")
     assert said.strip().endswith("tokens")
 
 

@@ -1,6 +1,6 @@
 """Chat, streams, structured output and tools with LangChain as it comes.
 
-pip install langchain-openai && python examples/clients/langchain_chat.py http://127.0.0.1:8000/v1 MODEL
+pip install langchain-openai && python examples/clients/every_langchain.py http://127.0.0.1:8000/v1 MODEL
 """
 
 from __future__ import annotations

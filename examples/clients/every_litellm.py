@@ -1,6 +1,6 @@
 """Chat, streams, JSON of a schema and tools with LiteLLM as it comes.
 
-pip install litellm && python examples/clients/litellm_chat.py http://127.0.0.1:8000/v1 MODEL
+pip install litellm && python examples/clients/every_litellm.py http://127.0.0.1:8000/v1 MODEL
 """
 
 from __future__ import annotations

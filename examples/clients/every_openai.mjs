@@ -1,6 +1,6 @@
 // Every feature of OpenAI's dialect, with openai-node as it comes.
 //
-//     npm install openai && node examples/clients/chat.mjs http://127.0.0.1:8000/v1 MODEL
+//     npm install openai && node examples/clients/every_openai.mjs http://127.0.0.1:8000/v1 MODEL
 import assert from "node:assert/strict";
 import OpenAI from "openai";
 

@@ -1,7 +1,7 @@
 """Every feature of OpenAI's dialect, with openai-python as it comes.
 
     slmops serve desk=MODEL_FOLDER
-    pip install openai pydantic && python examples/clients/openai_chat.py http://127.0.0.1:8000/v1 desk
+    pip install openai pydantic && python examples/clients/every_openai.py http://127.0.0.1:8000/v1 desk
 
 Parts that need a chat template with tools are left out, and said so, where the model has none.
 """
