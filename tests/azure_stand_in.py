@@ -30,7 +30,7 @@ class Foundry(Hub):
 
     Attributes:
         files: name to content in the folder of the one model, Desk-1.
-        unsummed: names without an MD5.
+        unsummed: names without an MD5; `bare`: those whose pieces come without one too.
         versions: of the model; `tags`: of each.
         signature: what opens the store now; `signed`: how often one was given.
         asked: host and path of each request; `opened`: the Authorization of each.
@@ -38,6 +38,7 @@ class Foundry(Hub):
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     unsummed: set[str] = field(default_factory=set)
+    bare: set[str] = field(default_factory=set)
     versions: tuple[str, ...] = ("1", "2")
     tags: dict[str, str] = field(
         default_factory=lambda: {"license": "mit", "author": "Acme", "task": "chat-completion"}
@@ -163,7 +164,7 @@ class _Foundry(_Handler):
         first, _, last = (self.headers.get("x-ms-range") or self.headers["Range"]).removeprefix("bytes=").partition("-")
         start, stop = int(first), min(len(body), int(last) + 1)
         summed = {}
-        if self.headers.get("x-ms-range-get-content-md5") == "true":
+        if self.headers.get("x-ms-range-get-content-md5") == "true" and name not in foundry.bare:
             summed["Content_MD5"] = base64.b64encode(hashlib.md5(body[start:stop]).digest()).decode()
         self.body(
             name, body, start, stop, 206, Content_Range=f"bytes {start}-{stop - 1}/{len(body)}", ETag=foundry.etag,

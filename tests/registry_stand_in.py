@@ -39,6 +39,7 @@ class Registry(Hub):
         valid: the token that opens now; `tokens_given`: how many were.
         storage: where blobs are redirected to; the storage is a registry without manifests.
         asked: of each request its path and its Authorization.
+        way: how a login is asked for; `posted`: the forms that token services got; `padding`: bytes in front of a token.
         digests: whether manifests come with Docker-Content-Digest.
     """
 
@@ -53,6 +54,9 @@ class Registry(Hub):
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     digests: bool = True
     realm: str = ""
+    way: str = "Bearer"
+    posted: list[dict[str, list[str]]] = field(default_factory=list)
+    padding: int = 0
 
     def put(self, body: bytes, label: str = "") -> str:
         if label or sha(body) not in self.blobs:
@@ -107,7 +111,7 @@ class _Registry(_Handler):
             scope = parse_qs(urlsplit(self.path).query).get("scope")
             return self.give(own == basic and scope == ["repository:acme/desk:pull"])
         if registry.login and own != f"Bearer {registry.valid}":
-            ask = f'Bearer realm="{registry.realm}",service="stand-in",scope="repository:acme/desk:pull"'
+            ask = f'{registry.way} realm="{registry.realm}",service="stand-in",scope="repository:acme/desk:pull"'
             return self.answer(401, b"{}", WWW_Authenticate=ask)
         kind = "blobs" if "/blobs/" in path else "manifests"
         repository, _, reference = path.removeprefix("/v2/").partition(f"/{kind}/")
@@ -133,6 +137,7 @@ class _Registry(_Handler):
         registry: Registry = self.server.hub
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
         registry.asked.append((self.path, self.headers.get("Authorization")))
+        registry.posted.append(form)
         self.give(bool(registry.identity) and form.get("refresh_token") == [registry.identity])
 
     def give(self, known: bool) -> None:
@@ -142,7 +147,9 @@ class _Registry(_Handler):
         registry.tokens_given += 1
         registry.valid = f"token-{registry.tokens_given}"
         self.answer(
-            200, json.dumps({"token": registry.valid, "expires_in": 60}).encode(), Content_Type="application/json"
+            200,
+            b" " * registry.padding + json.dumps({"token": registry.valid, "expires_in": 60}).encode(),
+            Content_Type="application/json",
         )
 
 

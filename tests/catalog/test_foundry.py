@@ -135,6 +135,17 @@ def test_wrong_bytes_are_never_taken(name: str, stand: Stand, tmp_path: Path) ->
     assert contents(tmp_path / "never") == LARGE
 
 
+def test_a_piece_without_its_checksum_is_not_taken(stand: Stand, tmp_path: Path) -> None:
+    """Where the store states no MD5 of the whole, nothing else would find wrong bytes."""
+    foundry, url = stand
+    foundry.bare = {f"data/model/{PARTS[1]}"}
+    pull(url, tmp_path / "out")
+    foundry.bare = {f"data/model/{PARTS[0]}"}
+    with pytest.raises(ModelError, match="a piece came without its MD5"):
+        pull(url, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
 def test_what_was_written_is_not_fetched_again(stand: Stand, tmp_path: Path) -> None:
     foundry, url = stand
     total = sum(len(body) for body in {*LARGE.values()})

@@ -106,12 +106,31 @@ def test_a_model_of_ollamas_library(stand: Stand, capsys: pytest.CaptureFixture[
     )
 
 
+def test_small_layers_that_are_here_are_not_asked_for(stand: Stand, tmp_path: Path) -> None:
+    """Neither those of a pull nor those of one that was ended; only the configuration, of which no file is made, is."""
+    registry, _host = stand
+    layers = push_ollama(registry)
+
+    def asked() -> set[str]:
+        found = {path.rpartition("/")[2] for path, _own in registry.asked if "/blobs/" in path}
+        registry.asked.clear()
+        return {kind for kind, body in layers.items() if sha(body) in found}
+
+    blobs = tmp_path / ".out.pull" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / sha(layers["system"])[7:]).write_bytes(layers["system"])
+    (blobs / sha(layers["license"])[7:]).write_bytes(b"damaged")
+    pull(tmp_path / "out", "qwen3:0.6b")
+    assert asked() == {"model", "template", "license", "params"}
+    assert ask(tmp_path / "out", "qwen3:0.6b").current and asked() == set()
+
+
 def test_projector_adapter_and_odd_texts(stand: Stand, tmp_path: Path) -> None:
     registry, _host = stand
     push_ollama(
         registry, "me/see:latest", projector=GGUF + b"p", adapter=GGUF + b"a", template=b'""" no quotes', unknown=b"?"
     )
-    planned = ask(tmp_path / "out", "me/see:latest")
+    planned = ask(tmp_path / "out", "ollama:me/see:latest")
     assert [reason for _name, reason in planned.choice.left_out] == [
         f"a layer of kind {OLLAMA}unknown, which is not known"
     ]
@@ -120,7 +139,7 @@ def test_projector_adapter_and_odd_texts(stand: Stand, tmp_path: Path) -> None:
     assert {"model.gguf", "mmproj-model.gguf", "adapter/adapter.gguf"} < set(found)
     made = found["Modelfile"].decode()
     assert "FROM ./mmproj-model.gguf\nADAPTER ./adapter/adapter.gguf\n# TEMPLATE: see template.txt\n" in made
-    assert pull(tmp_path / "out", "me/see:latest") == 0
+    assert pull(tmp_path / "out", "ollama:me/see:latest") == 0
 
 
 @pytest.mark.slow
@@ -170,7 +189,7 @@ def test_what_is_no_model_is_refused_by_name(
     registry, _host = stand
     registry.push("me/odd:1", layers, ("application/vnd.docker.container.image.v1+json", config))
     with pytest.raises(ModelError, match=says) as caught:
-        pull(tmp_path / "out", "me/odd:1")
+        pull(tmp_path / "out", "ollama:me/odd:1")
     assert caught.value.hint and not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -525,7 +544,7 @@ D = "sha256:" + "1" * 64
     ("text", "kind", "name", "revision"),
     [
         ("qwen3:0.6b", "ollama", "library/qwen3", "0.6b"), ("ollama:llama3.2", "ollama", "library/llama3.2", "latest"),
-        ("ollama:me/mine:v1", "ollama", "me/mine", "v1"), ("me/mine:v1", "ollama", "me/mine", "v1"),
+        ("ollama:me/mine:v1", "ollama", "me/mine", "v1"),
         ("hf.co/ORG/NAME:Q4_K_M", "ollama", "hf.co/ORG/NAME", "Q4_K_M"),
         ("huggingface.co/ORG/NAME", "ollama", "hf.co/ORG/NAME", "latest"),
         ("registry.ollama.ai/library/qwen3:8b", "ollama", "library/qwen3", "8b"),
@@ -548,7 +567,7 @@ def test_names_of_registries(text: str, kind: str, name: str, revision: str) -> 
     [
         ("oci:desk:v1", "oci:REGISTRY"), ("oci:ghcr.io/Acme:v1", "oci:REGISTRY"), ("oci:ghcr.io/a@sha256:12", "oci:REGISTRY"),
         ("oci:ghcr.io/a/../b", "oci:REGISTRY"), ("ollama:a/../b", "NAME:TAG"), ("ollama:", "NAME:TAG"),
-        ("ghcr.io/a/b:1", "oci:ghcr.io/a/b:1"),
+        ("ghcr.io/a/b:1", "oci:ghcr.io/a/b:1"), ("me/mine:v1", "ollama:me/mine:v1 or hf.co/me/mine:v1"),
         ("https://huggingface.co/a/b", "hf:ORG/NAME"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 
 from slmops.engines.minimal import write_minimal
 from slmops.serve.app import State, application
+from slmops.serve.gate import Rules
 from slmops.serve.model import Ask, Settings
 from slmops.serve.pool import Pool
 from slmops.serve.sampling import Picking
@@ -146,6 +147,9 @@ def test_only_programs_of_this_machine_may_change_models(folder: Path) -> None:
             ("127.0.0.1", "elsewhere.example:8000", {}, 403),
             ("127.0.0.1", "localhost:8000", {"origin": "http://localhost:8000"}, 403),
             ("127.0.0.1", "localhost:8000", {"x-forwarded-for": "10.0.0.5"}, 403),
+            ("127.0.0.1", "localhost:8000", {"x-forwarded-host": "llm.example"}, 403),
+            ("127.0.0.1", "localhost:8000", {"x-forwarded-proto": "https"}, 403),
+            ("127.0.0.1", "localhost:8000", {"via": "1.1 proxy"}, 403),
         ):
             async with client(pool, address, host) as asking:
                 assert (await asking.get("/admin/models", headers=headers)).status_code == status
@@ -154,3 +158,13 @@ def test_only_programs_of_this_machine_may_change_models(folder: Path) -> None:
                 )
 
     asyncio.run(main())
+
+
+def test_a_server_may_have_no_admin_at_all(folder: Path) -> None:
+    async def main() -> list[int]:
+        app = application(Pool([Settings(folder, "m")]), State(), Rules(admin=False))
+        carrier = httpx.ASGITransport(app, client=("127.0.0.1", 4000))
+        async with httpx.AsyncClient(transport=carrier, base_url="http://127.0.0.1:8000") as asking:
+            return [(await asking.get(path)).status_code for path in ("/admin/models", "/admin/models/m", "/v1/models")]
+
+    assert asyncio.run(main()) == [404, 404, 200]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +20,7 @@ from slmops.serve.dialects.ollama_options import lines, normal, options_of
 from slmops.serve.dialects.ollama_shapes import seconds_of
 from slmops.serve.go_template import GoTemplate, is_go
 from slmops.serve.modelfile import Modelfile
+from slmops.serve.prompts import rendered
 from slmops.serve.saying import Saying
 from slmops.serve.scheduler import RequestError
 from slmops.serve.tools import HERMES
@@ -81,6 +84,8 @@ Message assistant yes
         ('FROM a\nSYSTEM """x""" y\n', "line 2 .* y stands after"),
         ("FROM a\nFROM b\n", "stands twice"),
         ("FROM a\nMESSAGE tool x\n", "tool is no role"),
+        ('FROM a\nSYSTEM """x\ny\n"""\n# no\n\nPARAMETR x 1', "line 7 of"),
+        ("FROM a\n" * 100_000, "more than 262144"),
     ],
 )
 def test_a_modelfile_that_is_wrong_is_refused_by_line(text: str, says: str) -> None:
@@ -118,6 +123,9 @@ def test_a_go_template_writes_turns_and_ends_where_the_answer_begins() -> None:
         ("{{ .Prompt }}{{ end }}", "without its if"),
         ("{{ .System }}", "no {{ .Prompt }}"),
         ("{{ .Prompt }}{{ .Response", "without its }}"),
+        ("{{ .Prompt }}{{" + " " * 60_000, "without its }}"),
+        ("{{ if .System }}" * 2000 + "{{ .Prompt }}" + "{{ end }}" * 2000, "more than 100 if"),
+        ("{{ if .System }}" + "{{ else if .System }}" * 2000 + "{{ end }}{{ .Prompt }}", "more than 100 if"),
     ],
 )
 def test_what_a_go_template_cannot_have_is_refused_by_name(template: str, says: str) -> None:
@@ -125,6 +133,34 @@ def test_what_a_go_template_cannot_have_is_refused_by_name(template: str, says: 
     with pytest.raises(RequestError) as failure:
         GoTemplate(template)
     assert says in failure.value.message
+
+
+def test_dashes_trim_as_in_go() -> None:
+    def written(template: str) -> str:
+        return GoTemplate(template).prompt([{"role": "user", "content": "a"}])
+
+    assert written("1 {{- .Prompt }} 2") == "1a 2"
+    assert written("1 {{ .Prompt -}} 2") == "1 a2" and written("1 {{- .Prompt -}} 2") == "1a2"
+    assert written("1{{/* - */}} {{- /* x */ -}} {{.Prompt}}") == "1a"
+    with pytest.raises(RequestError, match=r"{{ -\.Prompt }}"):
+        written("{{-.Prompt}}")
+
+
+def test_a_go_template_writes_only_so_much() -> None:
+    many = GoTemplate("{{ .Prompt }}" * 2000)
+    assert many.prompt([{"role": "user", "content": "a"}]) == "a" * 2000
+    with pytest.raises(RequestError, match="writes more than"):
+        many.prompt([{"role": "user", "content": "a" * 10_000}])
+    with pytest.raises(RequestError, match="writes more than"):
+        GoTemplate("{{ if .System }}{{ end }}" * 2000 + "{{ .Prompt }}").prompt(
+            [{"role": "user", "content": "a"}] * 1000
+        )
+
+
+@pytest.mark.parametrize("template", ["{{ .Prompt }}", "{{ messages[0].content }}"])
+def test_a_template_has_a_bound(template: str) -> None:
+    with pytest.raises(RequestError, match="more than 65536"):
+        asyncio.run(rendered(template + "x" * 65_536, [{"role": "user", "content": "a"}], {}))
 
 
 def test_a_text_that_a_template_has_no_place_for_is_not_lost() -> None:
@@ -148,6 +184,10 @@ def test_options_are_followed_accepted_or_refused() -> None:
         ({"mirostat": 2}, "the option mirostat is not served"),
         ({"typical_p": 0.7}, "typical_p is not served"),
         ({"repeat_penalty": 1.1, "repeat_last_n": 64}, "repeat_last_n"),
+        ({"repeat_penalty": 1e-300}, "repeat_penalty"),
+        ({"stop": ["x"] * 17}, "at most 16"),
+        ({"stop": "x" * 257}, "at most 256"),
+        ({"repeat_penalty": 1e300}, "repeat_penalty"),
         ({"temperature": "warm"}, "the option temperature"),
         ({"temperature": float("nan")}, "the option temperature"),
         ({"num_predict": -3}, "num_predict"),
@@ -189,7 +229,7 @@ def test_times_that_a_model_is_kept(text: str | float, seconds: float | None) ->
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["soon", "5 m", "m", "1d", "nan"])
+@pytest.mark.parametrize("text", ["soon", "5 m", "m", "1d", "nan", "0" * 40 + "5m", "1" * 20_000 + "x"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="keep_alive"):
         seconds_of(text)
@@ -243,6 +283,39 @@ def test_clients_cannot_fill_the_disk_with_definitions(tmp_path: Path, monkeypat
         kept.put(Definition(name, "desk"))
     with pytest.raises(ResourceError, match="2 definitions"):
         kept.put(Definition("c", "desk"))
+
+
+def test_a_definition_is_bounded_and_so_are_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Definitions(tmp_path)
+    with pytest.raises(RequestError, match="at most 262144 bytes"):
+        kept.put(Definition("a", "desk", system="x" * (256 << 10)))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(definitions, "LARGEST_ALL", 3000)
+    for name in ("a", "b", "a"):
+        kept.put(Definition(name, "desk", system="x" * 1000))
+    with pytest.raises(ResourceError, match="3000 bytes"):
+        kept.put(Definition("c", "desk", system="x" * 1000))
+
+
+def test_a_definition_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def reading(file: Path, *, real: Any = definitions._read) -> Definition:
+        read.append(file.name)
+        found: Definition = real(file)
+        return found
+
+    monkeypatch.setattr(definitions, "_read", reading)
+    kept, other = Definitions(tmp_path), Definitions(tmp_path)
+    for name in ("a", "b"):
+        kept.put(Definition(name, "desk"))
+    for _ in range(3):
+        assert [one.name for one in kept] == ["a", "b"] and kept.get("a") is not None
+    assert len(read) == 2
+    other.put(Definition("a", "desk", system="S"))
+    found = kept.get("a")
+    assert found is not None and found.system == "S" and len(read) == 3
+    assert other.delete("a") and kept.get("a") is None and [one.name for one in kept] == ["b"]
 
 
 def test_what_a_definition_puts_before_a_conversation() -> None:

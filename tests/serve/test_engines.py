@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from slmops.core.engine import Sampling
-from slmops.engines import open_engine
+from slmops.engines import minimal, open_engine
 from slmops.engines.gguf_tokenizer import GgufTokenizer, tokenizer_of
 from slmops.engines.minimal import write_minimal
 from slmops.engines.plain_tokenizer import PlainTokenizer
@@ -24,8 +25,11 @@ from slmops.serve.engines import Rows, kind_of, load, open_rows
 from slmops.serve.model import Ask, Model, Settings
 from slmops.serve.pool import Pool
 from slmops.serve.sampling import Picking
+from slmops.serve.saying import saying
 from slmops.serve.scheduler import Request, RequestError, Scheduler
+from slmops.serve.tools import Tool
 from tests.serve.conftest import Converted
+from tests.serve.live import live
 from tests.serve.test_scheduler import CHUNK, answers, requests
 from tests.train import bases
 
@@ -326,6 +330,48 @@ def test_a_gguf_file_brings_its_own_tokenizer(converted: Converted, tmp_path: Pa
     assert end == known.id_of("<|end|>") and end is not None and own.token(end) == known.token(end) == "<|end|>"
     assert own.id_of("no such token") is None
     assert kind_of(file) == "llama_cpp"
+
+
+def test_a_gguf_file_by_itself_can_be_told_of_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra `llamacpp`")
+    monkeypatch.setattr(minimal, "SPECIAL", (*minimal.SPECIAL[:3], "[TOOL_CALLS]", "<|end|>"))
+    monkeypatch.setattr(minimal, "TEMPLATE", minimal.TEMPLATE + "{% if tools %}[TOOL_CALLS] [{{ tools }}]{% endif %}")
+    minimal.write_minimal(tmp_path, "llama_cpp")
+    (tmp_path / "plain").mkdir()
+    minimal._write_tokenizer(tmp_path / "plain")
+    own, known = tokenizer_of(tmp_path / "model.gguf", "serve"), PlainTokenizer(tmp_path / "plain", "serve")
+    assert own.template == known.template and "TOOL_CALLS" in own.template
+    assert [own.special(id) for id in range(-1, own.size + 1)] == [known.special(id) for id in range(-1, own.size + 1)]
+    said = saying(own, [Tool("add")], must=True)
+    assert said == saying(known, [Tool("add")], must=True) and said.shown == {3}
+
+
+def test_a_gguf_file_by_itself_is_shown_and_answers_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra `llamacpp`")
+    monkeypatch.setattr(minimal, "CONTEXT", 256)
+    minimal.write_minimal(tmp_path, "llama_cpp")
+    with live(tmp_path / "model.gguf", rows=1) as server:
+        shown = server.client.post("/api/show", json={"model": "tiny"})
+        assert shown.status_code == 200 and shown.json()["template"] == minimal.TEMPLATE
+        form = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"enum": [["a", 1]]}}}
+        said = server.chat(response_format=form, max_tokens=20)
+        assert said.status_code == 200, said.text
+        assert json.loads(said.json()["choices"][0]["message"]["content"]) == ["a", 1]
+
+
+def test_a_model_with_an_adapter_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    write_minimal(tmp_path / "m", "onnx_genai")
+    tone = tmp_path / "tone.onnx_adapter"
+    tone.touch()
+    with live(tmp_path / "m", load="demand", adapters={"tone": tone}) as server:
+        cards = server.client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == ["tiny", "tiny+tone"]
+        assert server.client.get("/v1/models/tiny+tone").json() == cards[1]
+        assert [one["name"] for one in server.client.get("/api/tags").json()["models"]] == [
+            "tiny:latest",
+            "tiny+tone:latest",
+        ]
 
 
 def test_the_folder_says_which_engine_and_another_is_refused(tmp_path: Path) -> None:

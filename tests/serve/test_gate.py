@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from slmops.engines.minimal import write_minimal
@@ -293,6 +294,38 @@ def test_a_model_that_takes_too_long_to_load_is_a_deadline_too(folder: Path, mon
 
         monkeypatch.setattr(server.model, "start", never)
         assert server.chat().status_code == 504
+        for path, body in (("generate", {"prompt": "a"}), ("generate", {"prompt": ""}), ("embed", {"input": "a"})):
+            late = server.client.post(f"/api/{path}", json={"model": "tiny", **body})
+            assert late.status_code == 504 and "deadline" in late.json()["error"]
+
+
+def test_the_deadline_bounds_the_wait_for_a_clients_template_too(folder: Path, monkeypatch: Any) -> None:
+    async def never(*more: Any) -> str:
+        await asyncio.sleep(60)
+        return ""
+
+    with live(folder, Rules(deadline=0.2)) as server:
+        monkeypatch.setattr("slmops.serve.prompts.rendered", never)
+        late = server.client.post("/api/generate", json={"model": "tiny", "prompt": "a", "template": "{{ messages }}"})
+        assert late.status_code == 504 and "deadline" in late.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/api/tags"])
+def test_work_that_looks_at_no_deadline_is_refused_in_the_dialects_shape_when_it_is_over(
+    path: str, monkeypatch: Any
+) -> None:
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def main() -> httpx.Response:
+        gate = Gate(never, State(), Rules(deadline=0.01))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as asking:
+            return await asking.get(path)
+
+    monkeypatch.setattr("slmops.serve.gate.GRACE_S", 0.0)
+    late = asyncio.run(main())
+    assert late.status_code == 504 and "deadline" in str(late.json()["error"])
+    assert isinstance(late.json()["error"], str) == path.startswith("/api/")
 
 
 def test_a_client_that_takes_nothing_of_its_answer_is_left(tmp_path: Path) -> None:

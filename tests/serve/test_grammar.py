@@ -16,6 +16,7 @@ import pytest
 
 from serve_grammar import validity
 from slmops.engines import minimal
+from slmops.engines.gguf_tokenizer import tokenizer_of
 from slmops.engines.plain_tokenizer import PlainTokenizer
 from slmops.serve import grammar
 from slmops.serve.engines.onnx import OnnxRows
@@ -54,6 +55,29 @@ def grammars(tmp_path_factory: pytest.TempPathFactory) -> Grammars:
     told["added_tokens"].append({**told["added_tokens"][0], "id": minimal.VOCABULARY, "content": "[TOOL_CALLS]"})
     (folder / "tokenizer.json").write_text(json.dumps(told))
     return Grammars(folder, minimal.VOCABULARY + 1, {minimal.END})
+
+
+def test_a_gguf_file_is_held_to_grammars_with_its_own_tokens_and_with_those_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra `llamacpp`")
+    minimal.write_minimal(tmp_path, "llama_cpp")
+    model, grammar_ = tmp_path / "model.gguf", of_schema(SAY)
+    found = []
+    for place in (model, tmp_path, model):
+        if len(found) == 2:
+            minimal._write_tokenizer(tmp_path)
+        limit = Grammars(place, minimal.VOCABULARY, {minimal.END}).limit(grammar_)
+        masks = [limit.mask().copy()]
+        for token in ids('{"t": 1}'):
+            limit.take(token)
+            masks.append(limit.mask().copy())
+        assert not limit.why and masks[-1].nonzero()[0].tolist() == [minimal.END]
+        found.append(np.array(masks))
+    assert (found[0] == found[2]).all() and (found[1] == found[2]).all()
+    shown = Grammars(model, minimal.VOCABULARY, {minimal.END}).limit("start: <[3]>")
+    assert shown.mask().nonzero()[0].tolist() == [3]
+    (tmp_path / "other.gguf").write_bytes(model.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("of model.gguf")
+    assert tokenizer_of(tmp_path / "other.gguf", "serve").size == minimal.VOCABULARY
 
 
 def ids(text: str) -> list[int]:
@@ -206,7 +230,7 @@ def test_who_may_call_can_also_talk(grammars: Grammars, form: Format, special: b
 
     good, wrong = call("add", '{"x": 1, "name": "a"}'), call("add", '{"x": "1"}')
     grammars = (
-        grammars if marks or form is not MISTRAL else Grammars(grammars._folder, minimal.VOCABULARY, {minimal.END})
+        grammars if marks or form is not MISTRAL else Grammars(grammars._model, minimal.VOCABULARY, {minimal.END})
     )
     split = (
         ids if marks or form is not MISTRAL else lambda text: [len(minimal.SPECIAL) + byte for byte in text.encode()]
@@ -251,3 +275,45 @@ def test_reading_a_grammar_holds_up_nobody_and_a_cancel_stays_behind_its_request
     go.set()
     assert through.get(timeout=10)["ask"]["limit"] == "G" and through.get(timeout=10) == {"cancel": 1}
     assert isinstance(through.get(timeout=10)["ask"]["refused"], GrammarError)
+
+
+def test_what_nobody_foresaw_while_a_grammar_is_read_is_an_error_of_its_request_alone() -> None:
+    through = queue.SimpleQueue[Any]()
+
+    class Odd:
+        def limit(self, text: str) -> Any:
+            raise BaseExceptionGroup("panic", [ValueError()]) if text == "group" else TypeError("panic")
+
+    reading = Reading(Odd(), through.put)  # type: ignore[arg-type]
+    for text in ("odd", "group"):
+        reading.put({"ask": {"id": 1, "grammar": text}})
+        refused = through.get(timeout=10)["ask"]["refused"]
+        assert isinstance(refused, GrammarError) and "panic" in refused.message
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_room_for_its_masks(tmp_path: Path) -> None:
+    minimal._write_tokenizer(tmp_path)
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    told["added_tokens"] += [
+        {**told["added_tokens"][0], "id": minimal.VOCABULARY + n, "content": f"<|{n}|>"} for n in range(999)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    limit = Grammars(tmp_path, minimal.VOCABULARY, {minimal.END}).limit(of_schema({"const": "a"}))
+    assert limit._bits.nbytes * 8 >= minimal.VOCABULARY + 999
+    assert limit.mask().shape == (minimal.VOCABULARY,) and np.flatnonzero(limit.mask()).tolist() == ids('"')
+
+
+def test_a_mask_that_cannot_be_worked_out_is_waited_for_by_nobody() -> None:
+    class Broken:
+        def unsafe_compute_mask_ptr(self, place: int, size: int) -> None:
+            pass
+
+        def is_error(self) -> bool:
+            raise RuntimeError("panic")
+
+    work = queue.SimpleQueue[Any]()
+    limit = grammar.Limit(Broken(), 8, 8, work)
+    limit._slow = True
+    limit.begin()
+    work.get().run()
+    assert limit.mask().shape == (8,) and limit.why == "panic"

@@ -9,6 +9,9 @@ import pytest
 
 from slmops.errors import ModelError
 from slmops.serve import gguf_facts, graph_facts, memory
+from slmops.serve.adapters import adapter_sizes
+from slmops.serve.dialects.ollama_models import facts
+from slmops.serve.engines.llama_cpp import EMBED
 from slmops.serve.engines.onnx import OnnxRows
 from slmops.serve.model import Ask, Model, Settings
 from slmops.serve.sampling import Picking
@@ -87,6 +90,69 @@ def test_a_gguf_file_tells_what_its_cache_takes(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         memory.reservation(Settings(file, "m"))
+
+
+def test_the_gguf_file_that_is_served_is_counted_with_all_its_parts(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra `llamacpp`")
+    from slmops.engines.minimal import write_minimal
+
+    def reserved(place: Path) -> memory.Reservation:
+        return memory.reservation(Settings(place, "m", rows=2))
+
+    write_minimal(tmp_path, "llama_cpp")
+    alone, known = reserved(tmp_path), facts(tmp_path)
+    for name in ("a-mmproj-f16.gguf", "mmproj-f16.gguf"):
+        (tmp_path / name).write_bytes(b"of pictures")
+    assert alone == reserved(tmp_path) == reserved(tmp_path / "model.gguf")
+    assert facts(tmp_path / "model.gguf").size == known.size
+    assert facts(tmp_path).settings == facts(tmp_path / "model.gguf").settings == known.settings != {}
+    (tmp_path / "a-mmproj-f16.gguf").unlink()
+    first, second = (tmp_path / f"x-0000{n}-of-00002.gguf" for n in (1, 2))
+    (tmp_path / "model.gguf").rename(first)
+    second.write_bytes(b"G" * 10**6)
+    assert reserved(tmp_path) == reserved(first) == reserved(second)
+    assert reserved(first).weights >= alone.weights + 10**6 and reserved(first).cache == alone.cache
+    assert facts(second).size == facts(first).size == known.size + 10**6
+    assert facts(second).settings == known.settings
+
+
+def test_adapters_count_in_the_form_in_which_they_are_held(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra `llamacpp`")
+    from slmops.engines.minimal import write_minimal
+
+    write_minimal(tmp_path, "llama_cpp")
+    model, file, folder = tmp_path / "model.gguf", tmp_path / "own.bin", tmp_path / "torch" / "adapter"
+    given = tmp_path / "tone.gguf"
+    folder.mkdir(parents=True)
+    alone = memory.reservation(Settings(model, "m"))
+    given.write_bytes(b"a" * 1000)
+    file.write_bytes(b"b" * 500)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"c" * 70)
+    assert memory.reservation(Settings(model, "m", adapters={"tone": given})).weights == alone.weights + 1000
+    (tmp_path / "adapters.json").write_text('{"adapters": {"own": {"file": "own.bin", "digest": ""}}}')
+    both = memory.reservation(Settings(tmp_path, "m", adapters={"tone": given}))
+    assert both.weights == alone.weights + 1500
+    assert adapter_sizes(tmp_path, "torch", {"a": folder.parent, "b": folder}) == [70, 70]
+    graph, tone = tmp_path / "graph", tmp_path / "tone.onnx_adapter"
+    graph.mkdir()
+    write_minimal(graph, "onnx_genai")
+    tone.write_bytes(b"d" * 1000)
+    plain = memory.reservation(Settings(graph, "m", rows=2))
+    worn = memory.reservation(Settings(graph, "m", rows=1, adapters={"tone": tone}))
+    assert worn.cache == plain.cache and worn.weights == plain.weights + 1000
+    with pytest.raises(ModelError, match="is no adapter"):
+        memory.reservation(Settings(model, "m", adapters={"tone": file}))
+
+
+def test_what_embeddings_take_counts_for_gguf(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra `llamacpp`")
+    from slmops.engines.minimal import VOCABULARY, write_minimal
+
+    write_minimal(tmp_path, "llama_cpp")
+    one = memory.reservation(Settings(tmp_path, "m", rows=1))
+    assert one.work >= 4 * VOCABULARY * (1 + memory.CHUNK) + one.cache + 4 * EMBED * VOCABULARY
+    assert memory.LLAMA_EMBED == EMBED
 
 
 @pytest.mark.slow

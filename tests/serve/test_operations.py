@@ -9,6 +9,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from slmops.cli.main import main
 from slmops.engines.minimal import write_minimal
 from slmops.errors import UsageError
-from slmops.serve.keys import Keys, needed, read
+from slmops.serve.keys import Keys, make, needed, read, write
 from slmops.serve.tls import Certificate
 from tests.serve.live import ENDLESS, HELLO, write_long
 from tests.serve.test_server import served
@@ -54,6 +55,22 @@ def test_keys_are_made_listed_rotated_and_revoked(tmp_path: Path, capsys: pytest
     assert keys(capsys, "revoke", old.id, *at)[0] == 0 and read(Path(file)) == [new]
     assert keys(capsys, "revoke", "desk", *at)[0] == 0 and read(Path(file)) == []
     assert keys(capsys, "revoke", "desk", *at)[0] == keys(capsys, "rotate", "desk", *at)[0] == 2
+
+
+def test_a_rotated_key_lives_as_long_as_the_one_before_and_one_that_has_ended_is_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at, day = ("--file", str(tmp_path / "keys.json")), 86400
+    keys(capsys, "add", "desk", "--days", "90", *at)
+    for _ in range(2):  # the old one, which ends sooner now, is not what the next is made from
+        assert keys(capsys, "rotate", "desk", *at)[0] == 0
+    made = read(tmp_path / "keys.json")[-1]
+    assert made.expires == made.created + 90 * day
+    _, old = make("desk", ["infer"], time.time() - 3 * day, expires=int(time.time()) - day)
+    write(tmp_path / "keys.json", [old])
+    code, _, said = keys(capsys, "rotate", "desk", *at)
+    assert code == 2 and "have ended" in said and "keys add desk" in said
+    assert keys(capsys, "add", "desk", *at)[0] == 0 and len(read(tmp_path / "keys.json")) == 1
 
 
 @pytest.mark.parametrize(

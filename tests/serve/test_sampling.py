@@ -4,6 +4,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slmops.serve import drawing
 from slmops.serve.sampling import Picker, Picking, pick
@@ -117,6 +119,58 @@ def test_the_first_and_the_last_chance_give_a_token_that_may_come() -> None:
     for how in (Picking(temperature=0.01), Picking(temperature=1.0, min_p=0.5), Picking(temperature=0.5, top_k=1)):
         allowed = set(np.flatnonzero(reference(row, how) > 0))
         assert {draw(row, how, 0.0), draw(row, how, float(np.nextafter(1.0, 0.0)))} <= allowed
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    hows=st.lists(
+        st.builds(
+            Picking,
+            temperature=st.floats(0, allow_infinity=False) | st.sampled_from((5e-324, 1e-46, 1e-40, 1e-7, 1e300)),
+            top_k=st.sampled_from((0, 1, 7, 5000)),
+            top_p=st.floats(0, 1) | st.just(1.0),
+            min_p=st.floats(0, 1) | st.just(0.0),
+            repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False) | st.sampled_from((1.0, 1e-300)),
+            frequency_penalty=FINITE | st.just(0.0),
+            presence_penalty=FINITE | st.just(0.0),
+            logit_bias=st.dictionaries(st.integers(0, 299), FINITE, max_size=3),
+            seed=st.integers(0, 9),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    seed=st.integers(0, 9),
+    scale=st.sampled_from((0.0, 1.0, 1e30)),
+    masked=st.booleans(),
+)
+def test_a_token_is_of_the_vocabulary_and_may_come_whatever_is_asked(
+    hows: list[Picking], seed: int, scale: float, masked: bool
+) -> None:
+    rows = [logits(seed + n, 300) * np.float32(scale) for n in range(len(hows))]
+    pickers = [Picker(how, range(300), 0) for how in hows]
+    mask = np.arange(300) % 7 == 3
+    for _ in range(3):
+        for picked in pick(pickers, rows, [mask if masked else None] * len(rows)):
+            assert 0 <= picked.token < 300 and (not masked or mask[picked.token])
+
+
+def test_a_temperature_next_to_nothing_is_greedy_and_odd_logits_give_a_token() -> None:
+    row = logits(2)
+    for cold in (5e-324, 1e-46, 9e-7):
+        assert Picker(Picking(temperature=cold, seed=1), (), 0).pick(row).token == row.argmax()
+    for how in (
+        Picking(temperature=1.0, seed=1),
+        Picking(temperature=1.0, seed=1, top_k=9),
+        Picking(temperature=1.0, top_p=0.5),
+    ):
+        alone = Picker(how, (), 0).pick(row).token
+        for odd in (np.nan, np.inf):
+            broken = row.copy()
+            broken[77] = odd
+            first, second = Picker(how, (), 0), Picker(how, (), 0)
+            assert [one.token for one in pick([first, second], [broken, row])] == [77, alone]
 
 
 def test_penalties_and_biases_are_those_of_the_api() -> None:

@@ -81,3 +81,15 @@ def test_text_ends_before_the_first_stop_string(seed: int) -> None:
     places = [text.find(s) for s in stops if s in text]
     assert stop.found == bool(places)
     assert told == text[: min(places, default=len(text))]
+
+
+def test_the_longest_beginning_of_a_stop_string_is_held_back() -> None:
+    stop = Stop(["aab", "a" * 200 + "c"])
+    assert stop.add("x" + "a" * 100) == "x" and stop.add("a" * 150) == "a" * 50
+    assert stop.add("c") == "" and stop.found
+
+
+def test_half_a_character_is_cut_into_tokens_as_its_replacement(tokenizer: PlainTokenizer) -> None:
+    assert tokenizer.ids("a\ud83db") == tokenizer.ids("a\ufffdb")
+    half, other = ([{"role": "user", "content": text}] for text in ("\ude00", "\ufffd"))
+    assert tokenizer.encode(half) == tokenizer.encode(other)

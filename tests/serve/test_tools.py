@@ -33,9 +33,11 @@ TEXTS: list[tuple[Format, str, str, list[tuple[str, Any]]]] = [
 PROSE = [
     (HERMES, "a < b, <tool_cal and so on"), (HERMES, "<tool_call>no JSON</tool_call> x"),
     (HERMES, '<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call>'), (HERMES, '<tool_call>{"name": ["add"]}</tool_call>'),
-    (HERMES, '<tool_call>{"name": "add", "argum'), (HERMES, "  spaces stay \n"), (HERMES, "<tool_call>" + '{"a":' * 200),
+    (HERMES, '<tool_call>{"name": "add", "argum'), (HERMES, '<tool_call>{"name": "\\x", "arguments": {}} x'),
+    (HERMES, "  spaces stay \n"), (HERMES, "<tool_call>" + '{"a":' * 200),
     (MISTRAL, "[TOOL_CALLS] none"), (LLAMA, '{"answer": 42} is it'), (LLAMA, "text {"), (LLAMA, "<|python"), (PLAIN, "[1, 2]"),
     (PLAIN, '{"name": "rm", "arguments": {}} {"name": "add", "arguments": {}}'), (PLAIN, ""), (PLAIN, "{"),
+    (PLAIN, '{"name": "a\\u12", "arguments": {}}'),
 ]  # fmt: skip
 
 

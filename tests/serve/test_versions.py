@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slmops.engines import minimal
 from slmops.engines.minimal import write_minimal
 from slmops.errors import DataError, ModelError, NoRoomError, ResourceError
 from slmops.evaluate import statistics
@@ -186,6 +187,28 @@ def test_a_candidate_answers_its_share_and_copies_are_compared(folder: Path, oth
     using(folder, work, budget=3 * EACH)
 
 
+def test_of_two_candidates_at_once_one_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Model] = []
+
+    async def enter(pool: Pool, slot: Any, model: Model, *more: Any) -> dict[str, Any]:
+        entered.append(model)
+        await asyncio.sleep(0)
+        return {}
+
+    async def main() -> None:
+        settings = Settings(folder, "m")
+        pool = Pool([settings])
+        tried = [versions.try_out(pool, "m", settings, 0.5, 0.5) for _ in range(2)]
+        found = await asyncio.gather(*tried, return_exceptions=True)
+        assert [type(one) for one in found] == [dict, ConflictError]
+        slot = pool.slots["m"]
+        assert len(entered) == 1 and slot.candidate is not None and slot.candidate.model is entered[0]
+        assert not slot.changing
+
+    monkeypatch.setattr(versions, "_enter", enter)
+    asyncio.run(main())
+
+
 @pytest.mark.slow
 def test_the_same_version_agrees_with_itself_whatever_the_chance(folder: Path) -> None:
     async def work(pool: Pool, settings: Settings) -> None:
@@ -199,6 +222,39 @@ def test_the_same_version_agrees_with_itself_whatever_the_chance(folder: Path) -
         assert slot.candidate.pairs.report()["shadow"]["agreement"]["value"] == 1.0
 
     using(folder, work)
+
+
+def test_a_gguf_file_is_shadowed_only_with_its_own_tokens_and_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra `llamacpp`")
+    folders = {}
+    alphabet = minimal.byte_alphabet()
+    for name, part, value in (
+        ("one", "CONTEXT", 32), ("longer", "CONTEXT", 128), ("told", "TEMPLATE", minimal.TEMPLATE + "!"),
+        ("swapped", "byte_alphabet", lambda: [*reversed(alphabet)]),
+    ):  # fmt: skip
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(minimal, part, value)
+            write_minimal(folders[name], "llama_cpp")
+    (tmp_path / "plain").mkdir()
+    minimal._write_tokenizer(tmp_path / "plain")
+    one, file = folders["one"], folders["one"] / "model.gguf"
+    assert (
+        versions._same(one, file)
+        and versions._same(file, folders["longer"])
+        and versions._same(tmp_path / "plain", one)
+    )
+    assert not versions._same(file, folders["told"] / "model.gguf") and not versions._same(folders["told"], one)
+    assert not versions._same(one, folders["swapped"]) and not versions._same(folders["swapped"], tmp_path / "plain")
+
+    async def work(pool: Pool, settings: Settings) -> None:
+        with pytest.raises(ConflictError, match="other tokenizers"):
+            await versions.try_out(pool, "m", replace(settings, folder=folders["swapped"] / "model.gguf"), 0.0, 1.0)
+
+    using(file, work)
 
 
 def test_a_share_is_a_share_of_askers() -> None:

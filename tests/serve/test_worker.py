@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
+from slmops.serve.grammar import Reading
 from slmops.serve.sampling import Picked
 from slmops.serve.scheduler import Finish, Progress
-from slmops.serve.worker import Teller
+from slmops.serve.worker import Teller, _listen
 
 
 class Clock:
@@ -55,3 +58,10 @@ def test_many_answers_are_told_less_often() -> None:
 def test_steps_that_take_long_are_told_one_by_one() -> None:
     lines = told([(0.05 * n, [(1, n, None), (2, 100 + n, None)]) for n in range(4)])
     assert lines == [[(1, n), (2, 100 + n)] for n in range(4)]
+
+
+def test_a_line_that_cannot_be_read_ends_the_process() -> None:
+    through: list[Any] = []
+    with pytest.raises(ValueError):
+        _listen(['{"cancel": 1}', '{"ask": '], Reading(None, through.append))  # type: ignore[arg-type]
+    assert through == [{"cancel": 1}, None]

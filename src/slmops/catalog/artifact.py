@@ -8,11 +8,13 @@ read before it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from slmops.catalog import ollama
@@ -22,7 +24,7 @@ from slmops.catalog.source import Source, flat, refuse_names
 from slmops.errors import ModelError
 
 LARGEST_CONFIG = 4 << 20
-LARGEST_LICENCE = 1 << 20
+LARGEST_LICENCE, LARGEST_NEAR = 1 << 20, 8 << 20
 PATH, TITLE, UNPACK = "org.cncf.model.filepath", "org.opencontainers.image.title", "io.deis.oras.content.unpack"
 LICENSES = "org.opencontainers.image.licenses"
 _IMAGE = re.compile(r"application/vnd\.(oci\.image\.layer\.v1\.tar|docker\.image\.rootfs\.diff\.tar)([+.](gzip|zstd))?")
@@ -38,10 +40,21 @@ _NAMED = (
 
 
 class Registry:
-    """One registry, for `oci:` and for names of Ollama's library. Methods may be called from several threads."""
+    """One registry, for `oci:` and for names of Ollama's library. Methods may be called from several threads.
 
-    def __init__(self, timeout: float | None = None) -> None:
+    Args:
+        near: files that an earlier pull left: what is among them is not asked for to make a listing.
+    """
+
+    def __init__(self, timeout: float | None = None, near: Iterable[Path] = ()) -> None:
         self.client = Client(timeout)
+        total = 0
+        for path in near:
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+                if total > LARGEST_NEAR:
+                    break
+                self.client.keep(path.read_bytes())
 
     def listing(self, source: Source) -> Listing:
         """The files of the model that a tag names now.
@@ -78,11 +91,13 @@ class Registry:
         layers = _layers(manifest, name)
         config = self._config(place, manifest, name)
         licence = manifest.notes.get(LICENSES) or _licence(config)
+        refuse_names((file.name for file in layers.files), name)
+        for title, _reason in layers.left:
+            refuse_names((title,), name)
         for layer in layers.files:
             if not licence and layer.name == "LICENSE" and layer.size <= LARGEST_LICENCE:
                 blob = Blob("licence", layer.size, layer.digest, {})
                 licence = ollama.licence_name(self.client.small(place, blob, LARGEST_LICENCE, name))
-        refuse_names((file.name for file in layers.files), name)
         return Listing(
             source, manifest.digest, flat(layers.files), plain(licence or "") or None, about=_about(config),
             archives=layers.archives, left=tuple(layers.left),

@@ -15,13 +15,15 @@ from typing import Any
 from slmops.catalog.hub import File, Listing, plain
 from slmops.catalog.registry import Blob, Client, Manifest, Place
 from slmops.catalog.source import Source
-from slmops.errors import ModelError
+from slmops.errors import ModelError, RefusedError
 
 HOST, HUGGING_FACE = "registry.ollama.ai", "hf.co"
 PREFIX = "application/vnd.ollama.image."
-LARGEST_TEXT = 4 << 20
+LARGEST_TEXT, LARGEST_TEXTS, MOST_LAYERS = 4 << 20, 8 << 20, 100
 NAMES = {"template": "template.txt", "system": "system.txt", "params": "params.json", "messages": "messages.json"}
 _LARGE = {"model": "model.gguf", "projector": "mmproj-model.gguf", "adapter": "adapter/adapter.gguf"}
+_KEY = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_ROLES = ("system", "user", "assistant")
 _LICENCES = (
     (r"Apache License\W+Version 2\.0", "Apache License 2.0"), (r"\bMIT License\b", "MIT License"),
     (r"LLAMA ([\d.]+) (?:VERSION|COMMUNITY)", r"Llama \1 Community License"), (r"Gemma Terms of Use", "Gemma Terms of Use"),
@@ -41,6 +43,7 @@ def listing(client: Client, place: Place, manifest: Manifest, source: Source) ->
         ModelError: its weights are not GGUF, or a layer is of a kind that is not known.
     """
     name = str(source)
+    _refuse_many(manifest, name)
     config = _json(client.small(place, manifest.config, LARGEST_TEXT, name)) if manifest.config else None
     config = config if isinstance(config, dict) else {}
     form = str(config.get("model_format") or "gguf")
@@ -84,6 +87,17 @@ def listing(client: Client, place: Place, manifest: Manifest, source: Source) ->
     )  # fmt: skip
 
 
+def _refuse_many(manifest: Manifest, name: str) -> None:
+    """Refuse what would fill the memory: small layers are read before anybody is asked."""
+    kinds = [(layer.media.removeprefix(PREFIX), layer.size) for layer in manifest.layers]
+    count = sum(kind != "tensor" and kind != "json" for kind, _size in kinds)  # refused by their kind
+    if count > MOST_LAYERS:
+        raise RefusedError(f"{name}: {count} layers, where a model has a few", "do not use this model")
+    total = sum(size for kind, size in kinds if kind in NAMES or kind == "license")
+    if total > LARGEST_TEXTS:
+        raise RefusedError(f"{name}: {total} bytes of texts, where a few are usual", "do not use this model")
+
+
 def _numbered(called: str, layers: Sequence[Blob]) -> list[tuple[str, Blob]]:
     """Names for layers of one kind: weights in parts as llama.cpp names them, others with numbers."""
     if len(layers) == 1:
@@ -107,13 +121,22 @@ def modelfile(name: str, files: Sequence[File], texts: Mapping[str, Sequence[str
         params = _json(text)
         for key, value in params.items() if isinstance(params, dict) else ():
             for item in value if isinstance(value, list) else [value]:
-                lines.append(_line(f"PARAMETER {key}", item, NAMES["params"]))
+                sound = _KEY.fullmatch(key)
+                lines.append(_line(f"PARAMETER {key}", item, NAMES["params"]) if sound else _see("PARAMETER", "params"))
     for text in texts.get("messages", ()):
         messages = _json(text)
         for message in messages if isinstance(messages, list) else ():
             if isinstance(message, dict):
-                lines.append(_line(f"MESSAGE {message.get('role')}", str(message.get("content")), NAMES["messages"]))
+                role, said = message.get("role"), str(message.get("content"))
+                lines.append(
+                    _line(f"MESSAGE {role}", said, NAMES["messages"]) if role in _ROLES else _see("MESSAGE", "messages")
+                )
     return "\n".join(lines) + "\n"
+
+
+def _see(word: str, kind: str) -> str:
+    """Instead of an instruction whose own name is not one that Ollama knows: it could be any other instruction."""
+    return f"# {word}: see {NAMES[kind]}"
 
 
 def _line(word: str, value: Any, file: str) -> str:

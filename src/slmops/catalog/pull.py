@@ -28,9 +28,12 @@ from slmops.catalog.hub import PATIENCE, Again, File, Hub, Listing, Origin, give
 from slmops.catalog.source import Source, flat, refusal
 from slmops.catalog.transfer import Pace, present, refuse_full, transfer
 from slmops.catalog.tree import build, link, opened, recover, sealed
+from slmops.catalog.unpack import refuse_packing
 from slmops.errors import ModelError, RefusedError, UnreachableError
 from slmops.store.files import fsync_folder, read_json, remove_tree, write_json
 
+LARGEST_TEXT = 1 << 20
+"""Bytes of a file that is looked at to see what need not be asked for."""
 UNASKED = "--no-check was given"
 
 
@@ -89,17 +92,27 @@ def place(source: Source) -> Path:
     return cache() / "hub" / f"{source.name}{revision}"
 
 
-def origin_of(source: Source) -> Origin:
-    """What to read a source from."""
+def origin_of(source: Source, target: Path | None = None) -> Origin:
+    """What to read a source from; `target`: the folder that holds what an earlier pull left of it, or what of one is beside it."""
     if source.kind in ("ollama", "oci"):
         from slmops.catalog.artifact import Registry
 
-        return Registry()
+        return Registry(near=_texts(target) if target else ())
     if source.kind == "azure":
         from slmops.catalog.foundry import Foundry
 
         return Foundry()
     return Folder() if source.kind == "path" else Hub()
+
+
+def _texts(target: Path) -> list[Path]:
+    """What is small of an earlier pull, whole or ended, the smallest first."""
+    names = [target / file.name for file, _changed in _recorded(_record(target))]
+    sizes = {}
+    for path in (*names, *_stage(target).glob("blobs/*")):
+        with contextlib.suppress(OSError):
+            sizes[path] = path.stat().st_size
+    return sorted((path for path in sizes if sizes[path] <= LARGEST_TEXT), key=sizes.__getitem__)
 
 
 def listed(origin: Origin, source: Source, pace: Pace) -> Listing:
@@ -142,7 +155,7 @@ def plan(
         raise ModelError(f"{target} is where the model is already", "name another folder with --to")
     record = _record(target)
     try:
-        origin = origin or origin_of(source)
+        origin = origin or origin_of(source, target)
         listing = listed(origin, source, pace)
     except UnreachableError as error:
         known = _remembered(record, source, wish, target)
@@ -167,7 +180,11 @@ def plan(
 
 def _choose(listing: Listing, wish: Wish) -> Choice:
     if listing.archives:
-        return packed(listing, code=wish.code)
+        choice = packed(listing, code=wish.code)
+        for file in choice.files:
+            if file.name in listing.archives:
+                refuse_packing(listing.archives[file.name].packing, f"{listing.source}: {file.name}")
+        return choice
     choice = choose(
         listing.files, str(listing.source), wish.only, pickles=wish.pickles, code=wish.code, beside=listing.beside
     )
@@ -229,13 +246,13 @@ def _fill(
     model, blobs, fetched = str(plan.source), stage / "blobs", 0
     files = origin.summed(plan.listing, plan.choice.files)
     kept = _kept(record, plan, files)
-    _adopt(plan.target, record, blobs)
+    _adopt(plan.target, record, blobs, model)
     first = [file for file in files if file.name == "config.json"]
     for some in (first, files):
         fetched += transfer(origin, plan.listing, some, blobs, pace, moved)
         if some is first and some and not plan.wish.code:
             check.refuse_code(blobs / first[0].digest, model)
-    files, stated = sealed(files, blobs)
+    files, stated = sealed(files, blobs, model)
     layers = [file.name for file in files]
     if plan.listing.archives:
         said("unpacking")
@@ -276,6 +293,10 @@ def _unpacked(plan: Plan, files: Sequence[File], blobs: Path) -> Choice:
 def _late(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
     """Run the pass that an earlier pull of the same left out, if it is wanted now."""
     if plan.wish.run and record.get("checked", {}).get("skipped") == UNASKED:
+        if plan.listing.archives:
+            there, wish = [file for file, _changed in _recorded(record)], plan.wish
+            choice = choose(there, str(plan.source), wish.only, pickles=wish.pickles, code=wish.code)
+            plan = dataclasses.replace(plan, choice=choice)
         checked = {name: value for name, value in record["checked"].items() if name != "skipped"}
         record = {**record, "checked": {**checked, **_run(plan.target, plan)}}
         write_json(plan.target / RECORD, record)
@@ -460,17 +481,17 @@ def _kept(record: Mapping[str, Any] | None, plan: Plan, files: Sequence[File]) -
 def adopt(source: Source, blobs: Path) -> None:
     """Find the bytes of a model that was pulled into the cache by their checksums, for another who wants them."""
     blobs.mkdir(parents=True, exist_ok=True)
-    _adopt(place(source), _record(place(source)), blobs)
+    _adopt(place(source), _record(place(source)), blobs, str(source))
 
 
-def _adopt(target: Path, record: Mapping[str, Any] | None, blobs: Path) -> None:
+def _adopt(target: Path, record: Mapping[str, Any] | None, blobs: Path, model: str) -> None:
     """Find the bytes of the folder as it is by their checksums: as links to the same bytes, or copies of them."""
     stated = {entry["name"]: str(entry.get("stated", "")) for entry in (record or {}).get("files", ())}
     for name, digest in _held(record, target).items():
         also = [stated[name]] if re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", stated[name]) else []
         for known in (digest, *also):
             if not (blobs / known).exists():
-                link(target / name, blobs / known)
+                link(target / name, blobs / known, model)
 
 
 def _run(tree: Path, plan: Plan) -> dict[str, Any]:

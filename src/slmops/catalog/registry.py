@@ -1,7 +1,8 @@
 """A registry that speaks OCI's distribution protocol: manifests, and any bytes of a blob.
 
 Promises: a manifest that is asked for by its checksum has it, and every blob comes with the SHA-256 that its manifest states. A
-login (`slmops.catalog.credentials`) goes to its registry and to the token service which that names, and never to where it redirects.
+login (`slmops.catalog.credentials`) goes to its registry and to the token service which that names, and never to where it redirects,
+nor where there is no TLS but on this machine. What is read into memory is bounded, and so is the time that it may take.
 A failure is `Again` where another try may help, and otherwise a `ModelError` that says what to do. What the layers of a manifest
 are is left to `slmops.catalog.artifact` and `slmops.catalog.ollama`.
 
@@ -19,6 +20,7 @@ import platform
 import re
 import ssl
 import threading
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,10 @@ from slmops.errors import IntegrityError, ModelError, RefusedError
 
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
-LARGEST_MANIFEST = 4 << 20
+LARGEST_MANIFEST, LARGEST_TOKEN = 4 << 20, 1 << 20
+LARGEST_LAYER = 1 << 50
+SLOWEST = 300.0
+"""Seconds that a manifest, a small layer or a token may take to come."""
 MOST_REDIRECTS = 10
 _HOPS = (301, 302, 303, 307, 308)
 
@@ -221,36 +226,44 @@ class Client:
     def _token(self, place: Place, asks: Sequence[str], name: str) -> str:
         """What lets this client in, by one of the ways that the registry names."""
         own = login(place.host)
+        withheld = own is not None and not _private(place.base)
+        own = None if withheld else own
         for ask in asks:
             way, _, rest = ask.strip().partition(" ")
             said = {key.lower(): value for key, value in re.findall(r'(\w+)="([^"]*)"', rest)}
             if way.lower() == "bearer" and said.get("realm"):
-                return f"Bearer {self._bearer(place, said, own, name)}"
+                return f"Bearer {self._bearer(place, said, own, name, withheld)}"
             if way.lower() == "basic" and own and own.secret:
                 return own.basic
-        raise ModelError(f"{name}: the registry wants a login", f"run: docker login {place.host}")
+        raise ModelError(f"{name}: the registry wants a login", _enter(place, withheld))
 
-    def _bearer(self, place: Place, said: Mapping[str, str], own: Login | None, name: str) -> str:
-        realm = httpx.URL(said["realm"])
+    def _bearer(self, place: Place, said: Mapping[str, str], own: Login | None, name: str, withheld: bool) -> str:
+        with _words(place, name):
+            realm = httpx.URL(said["realm"])
+            private = _private(realm)
+        if own and not private:
+            own, withheld = None, True
         if realm.scheme != "https" and not place.base.startswith("http://"):
             raise ModelError(f"{name}: the registry wants a login at {realm.host} without TLS", "use another registry")
         asked = {"scope": said.get("scope") or f"repository:{place.repository}:pull"}
         if said.get("service"):
             asked["service"] = said["service"]
+        headers = {"Accept-Encoding": "identity"}
         with _words(place, name):
             if own and own.identity:
                 form = {**asked, "grant_type": "refresh_token", "client_id": "slmops", "refresh_token": own.identity}
-                answer = self.http.post(realm, data=form)
+                request = self.http.build_request("POST", realm, data=form, headers=headers)
             else:
-                answer = self.http.get(
-                    realm.copy_merge_params(asked), headers={"Authorization": own.basic} if own and own.secret else {}
-                )
+                headers |= {"Authorization": own.basic} if own and own.secret else {}
+                request = self.http.build_request("GET", realm.copy_merge_params(asked), headers=headers)
+            with contextlib.closing(self.http.send(request, stream=True)) as answer:
+                body = _bounded(answer, LARGEST_TOKEN, f"{name}: the answer of the registry's login")
         if answer.status_code == 429 or answer.status_code >= 500:
             raise Again(f"the registry's login is not well just now ({answer.status_code})", wait_of(answer))
         try:
-            value = answer.json() if answer.status_code == 200 else {}
+            value = json.loads(body) if answer.status_code == 200 else {}
             token = value.get("token") or value.get("access_token")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             token = None
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
             refused = (
@@ -258,8 +271,20 @@ class Client:
                 if own
                 else f"gives no access ({answer.status_code})"
             )
-            raise ModelError(f"{name}: the registry {refused}", f"check the name, and run: docker login {place.host}")
+            raise ModelError(f"{name}: the registry {refused}", f"check the name, and {_enter(place, withheld)}")
         return token
+
+
+def _private(where: str | httpx.URL) -> bool:
+    """Whether what is sent there is read by nobody on the way."""
+    url = httpx.URL(where)
+    return url.scheme == "https" or bool(re.fullmatch(r"localhost|127(\.\d+){3}|::1", url.host))
+
+
+def _enter(place: Place, withheld: bool) -> str:
+    if withheld:
+        return "name the registry with TLS: the login to it is not sent without"
+    return f"run: docker login {place.host}"
 
 
 def place_of(host: str, repository: str) -> Place:
@@ -290,7 +315,7 @@ def _for_here(entries: Sequence[Any], name: str, digest: str) -> Blob:
     if len(match) == 1:
         return match[0]
     several = "".join(
-        f"\n  @sha256:{blob.digest}  {'/'.join(which) if which else plain(blob.notes.get('org.opencontainers.image.title', ''))}"
+        f"\n  @sha256:{blob.digest}  {plain('/'.join(which)) if which else plain(blob.notes.get('org.opencontainers.image.title', ''))}"
         for which, blob in found[:20]
     )
     raise ModelError(
@@ -302,9 +327,9 @@ def _for_here(entries: Sequence[Any], name: str, digest: str) -> Blob:
 def _blob(entry: Any, name: str) -> Blob:
     digest = str(entry.get("digest")) if isinstance(entry, dict) else ""
     size = entry.get("size") if isinstance(entry, dict) else None
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest) or type(size) is not int or size < 0:
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest) or type(size) is not int or not 0 <= size < LARGEST_LAYER:
         raise ModelError(
-            f"{name}: its manifest states no size or SHA-256 of a layer ({plain(digest)[:30]})",
+            f"{name}: its manifest states no possible size or no SHA-256 of a layer ({plain(digest)[:30]})",
             "push it again with a newer tool",
         )
     return Blob(str(entry.get("mediaType") or ""), size, digest[7:], _notes(entry))
@@ -316,9 +341,11 @@ def _notes(value: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _bounded(answer: httpx.Response, most: int, what: str) -> bytes:
-    body = b""
+    body, end = b"", time.monotonic() + SLOWEST
     for chunk in answer.iter_bytes():
         body += chunk
+        if time.monotonic() > end:
+            raise Again("the registry is too slow")
         if len(body) > most:
             raise RefusedError(f"{what} is longer than {most} bytes", "do not use this model")
     return body
@@ -328,7 +355,7 @@ def _bounded(answer: httpx.Response, most: int, what: str) -> bytes:
 def _words(place: Place, name: str) -> Iterator[None]:
     try:
         yield
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # httpx leaves names of hosts to idna
         raise _transport(error, place, name) from error
 
 

@@ -65,6 +65,8 @@ AZURE_REGISTRY = "azureml"
 def parse(text: str) -> Source:
     """Take a name apart: `hf:ORG/NAME[@REVISION]`, ORG/NAME, a path, NAME:TAG or `ollama:…`, `oci:…`, `azure:…`. What is here goes first.
 
+    A/B:TAG without a scheme is refused: it could be a user's of Ollama's library, or a repository of the hub.
+
     Raises:
         ModelError: it is none of these.
     """
@@ -81,6 +83,10 @@ def parse(text: str) -> Source:
     if scheme in ("http", "https"):
         raise ModelError(f"{text} is an address", f"{HINT}; a registry's model is written oci:REGISTRY/REPOSITORY:TAG")
     first = text.partition("/")[0]
+    if text.count("/") == 1 and colon and "@" not in text and not set(".:") & set(first) and _OLLAMA.fullmatch(text):
+        raise ModelError(
+            f"{text} may be a user's of Ollama's library or of the hub", f"write ollama:{text} or hf.co/{text}"
+        )
     if (
         first in _HUGGING_FACE
         or first == "registry.ollama.ai"

@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from slmops.catalog.check import AGAIN
 from slmops.catalog.hub import File, Listing
-from slmops.catalog.source import refuse_names
+from slmops.catalog.source import MOST_FILES, refuse_names
 from slmops.catalog.transfer import disk, refuse_full
 from slmops.catalog.unpack import unpack
+from slmops.errors import RefusedError
 from slmops.store.files import remove_tree
 
 
@@ -44,7 +46,7 @@ def build(files: Sequence[File], stage: Path) -> Path:
     return tree
 
 
-def sealed(files: Sequence[File], blobs: Path) -> tuple[tuple[File, ...], dict[str, str]]:
+def sealed(files: Sequence[File], blobs: Path, model: str) -> tuple[tuple[File, ...], dict[str, str]]:
     """The files by SHA-256 or git's checksum, and what the service stated instead, by which they are found again."""
     made: list[File] = []
     stated = {}
@@ -54,18 +56,27 @@ def sealed(files: Sequence[File], blobs: Path) -> tuple[tuple[File, ...], dict[s
             new = File(file.name, file.size, "sha256", File(file.name, file.size, "sha256", "").of(path))
             stated[new.digest] = file.digest
             if not (blobs / new.digest).exists():
-                link(path, blobs / new.digest)
+                link(path, blobs / new.digest, model)
             file = new
         made.append(file)
     return tuple(made), stated
 
 
-def link(path: Path, other: Path) -> None:
-    """The same bytes under another name, as a copy where there are no links."""
+def link(path: Path, other: Path, model: str) -> None:
+    """The same bytes under another name, as a copy where there are no links. A copy gets its name when it is whole.
+
+    Raises:
+        ResourceError: no room for a copy.
+    """
     try:
         os.link(path, other)
     except OSError:
-        shutil.copyfile(path, other)
+        refuse_full(other.parent, path.stat().st_size, model)
+        copy = other.with_name(f"{other.name}.copy")
+        shutil.copyfile(path, copy)
+        with copy.open("rb") as stream:
+            os.fsync(stream.fileno())
+        copy.replace(other)
 
 
 def opened(listing: Listing, files: Sequence[File], blobs: Path) -> list[File]:
@@ -77,11 +88,17 @@ def opened(listing: Listing, files: Sequence[File], blobs: Path) -> list[File]:
     """
     model = str(listing.source)
     found: list[File] = []
+    seen: set[tuple[str, str]] = set()
     for file in files:
+        if len(found) > MOST_FILES:
+            raise RefusedError(f"{model}: more than {MOST_FILES} files, where a model has a few", AGAIN)
         archive = listing.archives.get(file.name)
         if archive is None:
             found.append(file)
             continue
+        if (file.digest, archive.packing) in seen:
+            continue  # the same files again
+        seen.add((file.digest, archive.packing))
         called = f"{model}: {file.name}"
         try:
             found += unpack(

@@ -46,10 +46,7 @@ def unpack(
     Raises:
         RefusedError: what it holds, or that it is damaged.
     """
-    if packing not in PACKINGS:
-        raise RefusedError(
-            f"{name}: packed as {packing!r:.40}, which is not unpacked", f"push it as {' or '.join(PACKINGS)}"
-        )
+    refuse_packing(packing, name)
     try:
         with blob.open("rb") as raw:
             if packing == "tar":
@@ -58,6 +55,18 @@ def unpack(
                 return _members(stream, blob, into, name, room)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise RefusedError(f"{name}: its archive is damaged: {error}", AGAIN) from None
+
+
+def refuse_packing(packing: str, name: str) -> None:
+    """Refuse what is not unpacked here.
+
+    Raises:
+        RefusedError: with what is.
+    """
+    if packing not in PACKINGS:
+        raise RefusedError(
+            f"{name}: packed as {packing!r:.40}, which is not unpacked", f"push it as {' or '.join(PACKINGS)}"
+        )
 
 
 def _members(

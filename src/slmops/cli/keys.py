@@ -109,7 +109,7 @@ def _changed(options: argparse.Namespace, keys: list[Key]) -> tuple[str | None, 
     scopes = tuple(dict.fromkeys(part.strip() for part in (options.scope or "infer").split(",")))
     if odd := [scope for scope in scopes if scope not in SCOPES]:
         raise UsageError(f"there is no scope {odd[0]!r}", f"there are: {', '.join(SCOPES)}")
-    if any(key.name == name for key in keys):
+    if any(key.name == name and key.valid(now) for key in keys):
         raise UsageError(
             f"there is a key {name} already", f"`slmops keys rotate {name}` makes another, or revoke it first"
         )
@@ -118,7 +118,7 @@ def _changed(options: argparse.Namespace, keys: list[Key]) -> tuple[str | None, 
         "expires": int(now + 86400 * options.days) if options.days else None,
     }  # fmt: skip
     token, key = make(name, scopes, now, **limits)
-    return token, [*keys, key]
+    return token, [*(one for one in keys if one.name != name), key]  # those of its name have ended
 
 
 def _list(keys: list[Key], as_json: bool) -> None:

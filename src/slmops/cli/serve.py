@@ -97,6 +97,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--no-keys", action="store_true", help="let everybody in who reaches another address than this machine's own"
     )
+    who.add_argument("--no-admin", action="store_true", help="have no /admin: models are not changed from outside")
     who.add_argument(
         "--allow-host",
         action="append",
@@ -302,7 +303,7 @@ def _rules(options: argparse.Namespace, host: str) -> Rules:
     )
     limits = Limits(options.requests_per_minute, options.tokens_per_minute, options.answers)
     keys = Keys(options.keys, say=say) if options.keys else None
-    return Rules(origins, keys, Accounts(limits), options.deadline, options.log_prompts)
+    return Rules(origins, keys, Accounts(limits), options.deadline, options.log_prompts, not options.no_admin)
 
 
 def folders(folder: Path) -> list[Path]:

@@ -76,8 +76,19 @@ def find_gguf(folder: Path) -> Path | None:
     if (folder / "model.gguf").is_file():
         return folder / "model.gguf"
     found = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
-    parts = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", path.name) for path in found}
-    return found[0] if len(parts) == 1 else None
+    return found[0] if len({_whole(path) for path in found}) == 1 else None
+
+
+def gguf_parts(file: Path) -> list[Path]:
+    """The files that a GGUF file, or a part of one, is in, the first part first."""
+    if _whole(file) == file.name:
+        return [file]
+    return sorted(path for path in file.parent.glob("*.gguf") if _whole(path) == _whole(file))
+
+
+def _whole(file: Path) -> str:
+    """What a GGUF file is called without the number of its part."""
+    return re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name)
 
 
 def _written_for(file: Path) -> str:

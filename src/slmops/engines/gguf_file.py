@@ -121,6 +121,12 @@ class GgufFile:
         text: str = self.lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
         return text
 
+    def special(self, token: int) -> bool:
+        """Whether a token is no text: `pieces` shows it only where that is asked for."""
+        lib = self.lib
+        marks = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        return 0 <= token < self.size and bool(lib.llama_vocab_get_attr(self.vocab, token) & marks)
+
     def close(self) -> None:
         """Free it."""
         if self.model:

@@ -61,7 +61,7 @@ class PlainTokenizer:
         """
         if self._template is None:
             raise ModelError(f"{self._folder} has no chat template", "convert a model that has one")
-        text = render(self._template, messages, self.marks, tools)
+        text = whole(render(self._template, messages, self.marks, tools))
         return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -73,13 +73,21 @@ class PlainTokenizer:
         """Tokens that it knows, added ones included: ids are below."""
         return int(self._tokenizer.get_vocab_size())
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text without the chat template, with the mark of a beginning where the tokenizer puts one."""
-        return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=True).ids]
+    def ids(self, text: str, *, marked: bool = True) -> list[int]:
+        """Token ids of a text without the chat template.
+
+        Args:
+            marked: with the mark of a beginning, and of an end, where the tokenizer puts them.
+        """
+        return [int(id) for id in self._tokenizer.encode(whole(text), add_special_tokens=marked).ids]
 
     def token(self, id: int) -> str:
         """The text of one token, special ones included; a part of a character shows as its replacement."""
         return str(self._tokenizer.decode([id], skip_special_tokens=False))
+
+    def spellings(self) -> list[str | None]:
+        """All tokens as the vocabulary spells them, by id."""
+        return [self._tokenizer.id_to_token(id) for id in range(self.size)]
 
     def id_of(self, token: str) -> int | None:
         """The id of a token."""
@@ -90,6 +98,15 @@ class PlainTokenizer:
         """Whether a token is no text: `decode` leaves it out."""
         added = self._tokenizer.get_added_tokens_decoder().get(id)
         return bool(added is not None and added.special)
+
+
+def whole(text: str) -> str:
+    """A text that can be encoded: halves of a character that JSON escaped one by one are joined, one alone is the replacement."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def chat_template(folder: Path) -> str:

@@ -45,6 +45,19 @@ def find_adapters(model: Path, kind: Kind, given: Mapping[str, Path]) -> dict[st
     return found
 
 
+def adapter_sizes(model: Path, kind: Kind, given: Mapping[str, Path]) -> list[int]:
+    """Bytes of the files of a model's adapters, which are not read for that.
+
+    Raises:
+        ModelError: one of those that were given is in a form that the engine does not take.
+    """
+    own = read_json(model / ADAPTERS).get("adapters", {}) if kind != "torch" and (model / ADAPTERS).is_file() else {}
+    places = {name: model / said["file"] for name, said in own.items()}
+    places |= {name: _form(path, kind) for name, path in given.items()}
+    files = [[place] if kind != "torch" else place.glob("adapter_model*") for place in places.values()]
+    return [sum(file.stat().st_size for file in of_one if file.is_file()) for of_one in files]
+
+
 def _form(path: Path, kind: Kind) -> Path:
     if kind == "torch":
         place = next((p for p in (path, path / "adapter") if (p / "adapter_config.json").is_file()), None)

@@ -27,7 +27,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Kind = TypeVar("Kind", bound="Asked")
 Done = Callable[[Request, str], Awaitable[dict[str, Any]]]
-FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "origin")
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via", "origin")
+"""What proxies and browsers send. A proxy that adds none of them cannot be told from a program on this machine."""
 NAMES = ("localhost", "127.0.0.1", "::1")
 
 

@@ -58,7 +58,7 @@ def application(
 
     openai, ollama, metrics = OpenAi(pool), Ollama(pool), Metrics(pool, state)
     keyed = rules is not None and rules.keys is not None
-    pool.left, pool.who = records.left, lambda: records.current().key or None
+    pool.left = records.left
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -104,8 +104,11 @@ def application(
         Route("/v1/responses/{id}", openai.response, methods=["GET", "DELETE"]),
         Route("/v1/responses/{id}/input_items", openai.response_input),
         Route("/openapi.json", openai.document),
-        *admin.routes(pool, (lambda request: True) if keyed else admin.local),  # a key's scope was seen at the gate
     ]
+    if rules is None or rules.admin:
+        routes += admin.routes(
+            pool, (lambda request: True) if keyed else admin.local
+        )  # a key's scope was seen at the gate
     handlers: Any = {404: missing, 405: missing, 500: broken}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     return Gate(app, state, rules, [metrics.tell, *tell])

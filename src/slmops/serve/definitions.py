@@ -24,8 +24,14 @@ from slmops.store.files import write_json
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 NAME = re.compile(rf"(?:{PART}/){{0,2}}{PART}(?::{PART})?")
 LATEST = ":latest"
+LONGEST_FILE = 240
+"""Bytes of a definition's file name: systems take 255, and one that is being written has more."""
 MOST = 1000
 """Definitions of a folder, so that clients cannot fill the disk."""
+LARGEST = 256 << 10
+"""Bytes of one as JSON in UTF-8."""
+LARGEST_ALL = 64 << 20
+"""Bytes of all of a folder, which a server that lists them keeps in memory."""
 
 
 class UnknownError(RequestError):
@@ -78,7 +84,21 @@ def full(name: str) -> str:
         raise RequestError(
             f"'{name[:200]}' is no name of a model", "letters, digits, _ . - are fine, and one : before a tag"
         )
-    return name if ":" in name else name + LATEST
+    tagged = name if ":" in name else name + LATEST
+    if len(_file_name(tagged)) > LONGEST_FILE:
+        raise RequestError(f"'{name[:200]}' is too long for the name of a model", "give a shorter one")
+    return tagged
+
+
+def _file_name(name: str) -> str:
+    return f"{quote(name.lower(), safe='')}.json"
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool(full(name))
+    except RequestError:
+        return False
 
 
 def short(name: str) -> str:
@@ -100,12 +120,16 @@ class Definitions:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._known: dict[Path, tuple[tuple[int, int, int], Definition]] = {}
 
     def __iter__(self) -> Iterator[Definition]:
         """All that can be read, by name."""
-        for file in sorted(self.folder.glob("*.json")):
+        files = sorted(self.folder.glob("*.json"))
+        for gone in self._known.keys() - set(files):
+            del self._known[gone]
+        for file in files:
             try:
-                yield _read(file)
+                yield self._found(file)
             except (FileNotFoundError, ModelError):
                 continue
 
@@ -115,10 +139,10 @@ class Definitions:
         Raises:
             ModelError: its file is damaged.
         """
-        if not NAME.fullmatch(name):
+        if not _is_name(name):
             return None
         try:
-            return _read(self._file(full(name)))
+            return self._found(self._file(full(name)))
         except FileNotFoundError:
             return None
 
@@ -126,17 +150,24 @@ class Definitions:
         """Keep one, in place of what had its name.
 
         Raises:
-            RequestError: its name cannot be had.
+            RequestError: its name cannot be had, or it is too large.
             ResourceError: it cannot be written, or there are too many.
         """
         file = self._file(full(definition.name))
-        if not file.exists() and sum(1 for _ in self.folder.glob("*.json")) >= MOST:
+        row = asdict(replace(definition, modified=definition.modified or time.time()))
+        size = len(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+        if size > LARGEST:
+            raise RequestError(f"a definition has at most {LARGEST} bytes, this one {size}", "shorten its texts")
+        others = [_size(other) for other in self.folder.glob("*.json") if other != file]
+        if len(others) >= MOST and not file.exists():
             raise ResourceError(f"there are {MOST} definitions already", "delete some")
-        write_json(file, asdict(replace(definition, modified=definition.modified or time.time())))
+        if sum(others) + size > LARGEST_ALL:
+            raise ResourceError(f"the definitions take {LARGEST_ALL} bytes already", "delete some")
+        write_json(file, row)
 
     def delete(self, name: str) -> bool:
         """Forget one; whether it was there."""
-        if not NAME.fullmatch(name):
+        if not _is_name(name):
             return False
         try:
             self._file(full(name)).unlink()
@@ -144,8 +175,22 @@ class Definitions:
             return False
         return True
 
+    def _found(self, file: Path) -> Definition:
+        """What a file holds, read again when it has changed."""
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _damaged(file) from error
+        mark = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        known = self._known.get(file)
+        if known is None or known[0] != mark:
+            known = self._known[file] = (mark, _read(file))
+        return known[1]
+
     def _file(self, name: str) -> Path:
-        return self.folder / f"{quote(name.lower(), safe='')}.json"
+        return self.folder / _file_name(name)
 
 
 def _read(file: Path) -> Definition:
@@ -157,4 +202,16 @@ def _read(file: Path) -> Definition:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the definition in {file.name} cannot be read", "delete it and create it again") from error
+        raise _damaged(file) from error
+
+
+def _damaged(file: Path) -> ModelError:
+    return ModelError(f"the definition in {file.name} cannot be read", "delete it and create it again")
+
+
+def _size(file: Path) -> int:
+    """Bytes; 0 if another server has deleted it."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0

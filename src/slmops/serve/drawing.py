@@ -21,6 +21,10 @@ LIKELY = 64
 """So many of the most likely tokens are sorted at first where top-p decides; all of them only where these are not enough."""
 BLOCK = 256
 """Tokens that are summed first where one is drawn from all."""
+COLD = 1e-6
+"""A temperature below is greedy: a row divided by it would be numbers that float32 has not."""
+HOT = 1e30
+"""A temperature above is as this one."""
 Likely = tuple[tuple[int, float], ...]
 
 
@@ -37,17 +41,26 @@ def draw(
     """A token of each row by chance.
 
     Args:
-        rows: logits (rows, vocabulary), −inf where a token may not come.
+        rows: logits (rows, vocabulary), −inf where a token may not come. Of a row whose largest is no finite number, the first such
+            token is taken.
         chances: uniform in [0, 1).
         count: what `first` says of all of them.
     """
     import numpy as np
 
-    heat = np.array([how.temperature for how in hows])
+    best = rows.max(axis=1)
+    if not np.isfinite(best).all():
+        good = np.flatnonzero(np.isfinite(best)).tolist()
+        found = [int(token) for token in rows.argmax(axis=1)]
+        some = draw(rows[good], [hows[row] for row in good], [chances[row] for row in good], count) if good else []
+        for place, token in zip(good, some, strict=True):
+            found[place] = token
+        return found
+    heat = np.array([how.temperature for how in hows]).clip(COLD, HOT)
     chance = np.array(chances)
-    least = np.array([how.min_p for how in hows])
+    least = np.minimum([how.min_p for how in hows], 1.0)
     if not count:
-        return _from_all(rows, heat, least, chance)
+        return _from_all(rows, best, heat, least, chance)
     share = np.array([how.top_p for how in hows])
     ids, values = top(rows, count)
     weights = _weights(values, values[:, :1], heat, least)
@@ -63,7 +76,7 @@ def draw(
     ends = np.minimum((heap < cut[:, None]).sum(axis=1), heap.shape[1] - 1)
     tokens = [int(ids[row, place]) for row, place in enumerate(_places(weights, heap, ends, chance))]
     for spread in np.flatnonzero(~given & (heap[:, -1] < cut)).tolist():
-        tokens[spread] = _sorted(rows[spread], hows[spread], chances[spread])
+        tokens[spread] = _sorted(rows[spread], hows[spread].top_p, heat[spread], least[spread], chances[spread])
     return tokens
 
 
@@ -87,25 +100,25 @@ def _places(weights: Any, heap: Any, ends: Any, chance: Any) -> Any:
     return places
 
 
-def _sorted(row: NDArray[np.float32], how: Picking, chance: float) -> int:
+def _sorted(row: NDArray[np.float32], share: float, heat: float, least: float, chance: float) -> int:
     """With top-p over a row whose mass is spread over many tokens."""
     import numpy as np
 
     order = np.lexsort((np.arange(len(row)), -row))
-    weights = _weights(row[None, order], row.max(), np.array([how.temperature]), np.array([how.min_p]))
+    weights = _weights(row[None, order], row.max(), np.array([heat]), np.array([least]))
     heap = weights.cumsum(axis=1)
-    end = min(int(np.searchsorted(heap[0], how.top_p * heap[0, -1])), len(row) - 1)
+    end = min(int(np.searchsorted(heap[0], share * heap[0, -1])), len(row) - 1)
     return int(order[_places(weights, heap, np.array([end]), np.array([chance]))[0]])
 
 
-def _from_all(rows: NDArray[np.float32], heat: Any, least: Any, chance: Any) -> list[int]:
+def _from_all(rows: NDArray[np.float32], best: Any, heat: Any, least: Any, chance: Any) -> list[int]:
     import numpy as np
 
     count, vocabulary = rows.shape
     blocks = -(-vocabulary // BLOCK)
     weights = np.zeros((count, blocks * BLOCK), np.float32)
     part = weights[:, :vocabulary]
-    np.subtract(rows, rows.max(axis=1, keepdims=True), out=part)
+    np.subtract(rows, best[:, None], out=part)
     part /= heat.astype(np.float32)[:, None]
     np.exp(part, out=part)
     if least.any():

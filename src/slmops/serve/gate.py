@@ -1,6 +1,6 @@
 """What a request passes before any dialect reads it, and what is noted of it: ASGI middleware around the whole application.
 
-In this order: where it comes from, whether the server is about to end, its key, what that key may do and how often, its
+In this order: its path, where it comes from, whether the server is about to end, its key, what that key may do and how often, its
 body. A refusal comes before the body is read, except for what is wrong with the body itself. Every request gets an id, and is told to
 those who want to know when it is over.
 """
@@ -33,6 +33,8 @@ GRACE_S = 10.0
 """How long after its deadline a client may still take what is there of its answer."""
 LONGEST_DEADLINE_S = 86400.0
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""In no path: a route ends before a last line end too, so that a path with one would be another to keys than to routes."""
 WORK = ("/v1/", "/api/")
 """Paths whose requests are worked on: they are finished before the server ends, and counted against limits."""
 WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
@@ -54,6 +56,7 @@ class Rules:
         keys: None: no key is asked for.
         deadline: seconds that a request may take; None: as long as it needs.
         texts: keep what is asked and said, for logs.
+        admin: whether there is `/admin` at all.
     """
 
     origins: Origins = field(default_factory=Origins)
@@ -61,6 +64,7 @@ class Rules:
     accounts: Accounts = field(default_factory=lambda: Accounts(Limits()))
     deadline: float | None = None
     texts: bool = False
+    admin: bool = True
     body_s: float = BODY_S
 
 
@@ -110,6 +114,8 @@ class Gate:
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], record: Record, work: bool
     ) -> None:
         try:
+            if CONTROL.search(scope["path"]):
+                raise Refused(400, "the path has a control character: leave it out", "path", "invalid_path")
             self._rules.origins.check(scope["method"], scope["path"], headers)
             before = self._rules.origins.preflight(scope["method"], headers)
             if before is not None:
@@ -154,6 +160,11 @@ class Gate:
             if not limit.expired():
                 raise
             record.reason, record.failed = "deadline", True
+            if record.status == 0:
+                late = records.too_late()
+                await refuse(
+                    scope, send, Refused(504, f"{late.message} ({late.hint})", "deadline", "deadline_exceeded")
+                )
 
     def _known(self, scope: Scope, headers: dict[str, str], record: Record) -> Key | None:
         """The key of a request, if keys are asked for."""
@@ -162,7 +173,7 @@ class Gate:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = self._rules.keys.find(token.strip()) if scheme.lower() == "bearer" and token.strip() else None
         if key is not None:
-            record.key = key.name
+            record.key, record.keeper = key.name, "admin" in key.scopes
         wanted = needed(scope["method"], scope["path"])
         if not wanted:
             return key

@@ -8,15 +8,19 @@ loops: a conversation is written turn by turn, with one run of the template for 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slmops.serve.scheduler import RequestError
 
 FIELDS = ("System", "Prompt", "Response")
-ACTION = re.compile(r"\{\{(-(?=\s))?\s*(.*?)\s*((?<=\s)-)?\}\}", re.DOTALL)
 GO = re.compile(r"\{\{-?\s*(?:\.|\$|/\*|(?:if|else|end|range|with|define|template|block|break|continue)\b)")
+
+DEEPEST = 100
+"""So many if may stand in each other, else if included."""
+MOST = 1 << 20
+"""Characters that a conversation may have, and each part of the template that is run counts as one."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,22 @@ class GoTemplate:
             messages: with `role` (system, user, assistant) and `content`.
 
         Raises:
-            RequestError: a message has no place in the template.
+            RequestError: a message has no place in the template, or it writes too much.
         """
         done: list[str] = []
+        left = MOST
         turn = dict.fromkeys(FIELDS, "")
 
+        def write(nodes: Sequence[Node]) -> None:
+            nonlocal left
+            for text in _run(nodes, turn):
+                left -= len(text) + 1
+                if left < 0:
+                    raise RequestError(f"the template writes more than {MOST} characters", "shorten the conversation")
+                done.append(text)
+
         def close() -> None:
-            done.append(_run(self._nodes, turn))
+            write(self._nodes)
             turn.update(dict.fromkeys(FIELDS, ""))
 
         for message in messages:
@@ -105,7 +118,7 @@ class GoTemplate:
                 turn["Response"] = content
             else:
                 raise RequestError(f"the template has no place for a message of {role}", "leave the template out")
-        done.append(_run(_up_to_answer(self._nodes)[0], turn))
+        write(_up_to_answer(self._nodes)[0])
         return "".join(done)
 
 
@@ -116,16 +129,22 @@ class _Parts:
         self.named: set[str] = set()
         self._parts: list[tuple[bool, str]] = []
         place, trim = 0, False
-        for found in ACTION.finditer(text):
-            before = text[place : found.start()]
+        while (begin := text.find("{{", place)) >= 0:
+            end = text.find("}}", begin + 2)
+            if end < 0:
+                raise RequestError("the template has a {{ without its }}", "close it")
+            before, inner = text[place:begin], text[begin + 2 : end]
             before = before.lstrip() if trim else before
-            self._parts.append((False, before.rstrip() if found[1] else before))
-            self._parts.append((True, found[2]))
-            place, trim = found.end(), bool(found[3])
+            trims = inner[:1] == "-" and inner[1:2].isspace()
+            inner = inner[1:] if trims else inner
+            trim = inner[-1:] == "-" and inner[-2:-1].isspace()
+            inner = inner[:-1] if trim else inner
+            self._parts.append((False, before.rstrip() if trims else before))
+            self._parts.append((True, inner.strip()))
+            place = end + 2
         rest = text[place:]
-        if "{{" in rest:
-            raise RequestError("the template has a {{ without its }}", "close it")
         self._parts.append((False, rest.lstrip() if trim else rest))
+        self._deep = 0
         self._at = 0
 
     def block(self, ends: tuple[str, ...]) -> tuple[Node, ...]:
@@ -137,7 +156,7 @@ class _Parts:
                 nodes += [Text(text)] if text else []
             elif text == "end" or text == "else" or text.startswith("else "):
                 if text.split()[0] not in ends:
-                    raise RequestError(f"the template has a {{{{ {text} }}}} without its if", "leave it out")
+                    raise RequestError(f"the template has a {{{{ {text[:100]} }}}} without its if", "leave it out")
                 return tuple(nodes)
             elif text.startswith("if "):
                 self._at += 1
@@ -153,6 +172,14 @@ class _Parts:
         return tuple(nodes)
 
     def _if(self, condition: str) -> If:
+        self._deep += 1
+        if self._deep > DEEPEST:
+            raise RequestError(f"the template has more than {DEEPEST} if in each other", "nest fewer")
+        made = self._open_if(condition)
+        self._deep -= 1
+        return made
+
+    def _open_if(self, condition: str) -> If:
         name = _field(condition, f"if {condition}")
         then = self.block(("else", "end"))
         _, text = self._parts[self._at]
@@ -178,21 +205,21 @@ def _field(text: str, whole: str) -> str:
 
 def _unread(action: str) -> RequestError:
     return RequestError(
-        f"the template has {{{{ {action} }}}}, which is not read",
+        f"the template has {{{{ {action[:100]} }}}}, which is not read",
         "of Go templates .System, .Prompt, .Response and if … else … end are; a template in Jinja may have more",
     )
 
 
-def _run(nodes: Sequence[Node], values: Mapping[str, str]) -> str:
-    out = []
+def _run(nodes: Sequence[Node], values: Mapping[str, str]) -> Iterator[str]:
+    """A text for each node."""
     for node in nodes:
         if isinstance(node, Text):
-            out.append(node.text)
+            yield node.text
         elif isinstance(node, Field):
-            out.append(values[node.name])
+            yield values[node.name]
         else:
-            out.append(_run(node.then if values[node.name] else node.other, values))
-    return "".join(out)
+            yield ""
+            yield from _run(node.then if values[node.name] else node.other, values)
 
 
 def _up_to_answer(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], bool]:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops.errors import MissingExtraError
+from slmops.engines.gguf_tokenizer import GgufTokenizer, tokenizer_place
+from slmops.errors import MissingExtraError, SlmopsError
 from slmops.serve.scheduler import GrammarError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{
 """Of these, llguidance lets through days that are not in the calendar, and RFC 3339 seconds and years that programs do not read."""
 LIMITS = {"max_grammar_size": 50_000, "initial_lexer_fuel": 500_000}
 """So large a grammar takes seconds to read at most; no larger one is."""
+FAILED = "the grammar cannot be followed"
 SLOW_S = 0.0002
 """After a mask that took longer, the next one is worked out on the other thread."""
 
@@ -82,13 +84,18 @@ class Limit:
 
     Attributes:
         why: what was wrong, if the grammar turned out too hard to follow; then nothing else holds.
+
+    Args:
+        vocabulary: tokens of the model's logits.
+        size: tokens that the matcher knows, as many or more.
+        work: goes to the other thread.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int, work: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, matcher: Any, vocabulary: int, size: int, work: queue.SimpleQueue[Any]) -> None:
         import numpy as np
 
         self._matcher, self._vocabulary, self._work = matcher, vocabulary, work
-        self._bits = np.zeros((vocabulary + 31) // 32 * 4, np.uint8)
+        self._bits = np.zeros((size + 31) // 32 * 4, np.uint8)
         self._place = (self._bits.ctypes.data, self._bits.nbytes)
         self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._mask: NDArray[np.bool_] | None = None
@@ -113,10 +120,10 @@ class Limit:
         begin = time.perf_counter()
         try:
             self._matcher.unsafe_compute_mask_ptr(*self._place)
-        except Exception as error:
-            self.why = str(error)
-        if self._matcher.is_error():
-            self.why = self._matcher.get_error() or "the grammar cannot be followed"
+            if self._matcher.is_error():
+                self.why = self._matcher.get_error() or FAILED
+        except Exception as error:  # on the other thread, or the model would wait for it for ever
+            self.why = str(error) or FAILED
         bits = np.unpackbits(self._bits, bitorder="little", count=self._vocabulary)
         self._mask = bits.view(np.bool_)
         self._slow = time.perf_counter() - begin > SLOW_S
@@ -137,21 +144,22 @@ class Limit:
         """The token that was picked, one of those that might come."""
         self._mask = None
         if not self._matcher.consume_token(token) and not self.why:
-            self.why = self._matcher.get_error() or "the grammar cannot be followed"
+            self.why = self._matcher.get_error() or FAILED
 
 
 class Grammars:
     """Grammars over the tokens of one model. Its threads are there from the first grammar on.
 
     Args:
-        folder: has the tokenizer.
+        model: its folder, or a GGUF file.
         vocabulary: tokens of the model's logits.
         end_ids: tokens that end an answer.
     """
 
-    def __init__(self, folder: Path, vocabulary: int, end_ids: Collection[int]) -> None:
-        self._folder, self._vocabulary, self._ends = folder, vocabulary, sorted(end_ids)
+    def __init__(self, model: Path, vocabulary: int, end_ids: Collection[int]) -> None:
+        self._model, self._vocabulary, self._ends = model, vocabulary, sorted(end_ids)
         self._tokens: Any = None
+        self._size = self._vocabulary
         self._work: queue.SimpleQueue[Limit] = queue.SimpleQueue()
 
     def limit(self, grammar: str) -> Limit:
@@ -171,21 +179,25 @@ class Grammars:
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise GrammarError(_first_line(matcher.get_error()), "leave that out, or say it in another way")
-        limit = Limit(matcher, self._vocabulary, self._work)
+        limit = Limit(matcher, self._vocabulary, self._size, self._work)
         limit.mask()
         if limit.why:
             raise GrammarError(_first_line(limit.why), "make it simpler")
         return limit
 
     def _read_tokens(self) -> Any:
-        from llguidance import LLTokenizer
+        from llguidance import LLTokenizer, TokenizerWrapper
 
         try:
-            told = json.loads((self._folder / "tokenizer.json").read_text(encoding="utf-8"))
+            place = tokenizer_place(self._model)
+            if place.is_file():
+                wrapper = TokenizerWrapper(_Own(GgufTokenizer(place), self._ends[0]))
+                return LLTokenizer(wrapper, n_vocab=self._vocabulary, eos_token=self._ends)
+            told = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
             told["truncation"] = told["padding"] = None
             most = max([token["id"] for token in told["added_tokens"]] + list(told["model"]["vocab"].values()))
-            size = max(self._vocabulary, most + 1)
-            return LLTokenizer(json.dumps(told), n_vocab=size, eos_token=self._ends)
+            self._size = max(self._vocabulary, most + 1)
+            return LLTokenizer(json.dumps(told), n_vocab=self._size, eos_token=self._ends)
         except Exception as error:
             raise GrammarError(
                 f"the tokenizer of this model cannot be held to a grammar: {_first_line(str(error))}", ""
@@ -194,6 +206,19 @@ class Grammars:
     def _follow(self) -> None:
         while True:
             self._work.get().run()
+
+
+class _Own:
+    """The tokenizer of a GGUF file, as llguidance wants one."""
+
+    def __init__(self, tokenizer: GgufTokenizer, end: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = end, None
+        self.tokens = tokenizer.texts()
+        self.special_token_ids = [id for id in range(tokenizer.size) if tokenizer.special(id)]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.ids(text.decode("utf-8"), marked=False)
 
 
 class Reading:
@@ -228,8 +253,11 @@ class Reading:
             if asked is not None:
                 try:
                     asked["limit"] = self._grammars.limit(asked["grammar"])
-                except Exception as error:  # also what llguidance did not foresee: nobody may wait for ever
+                except SlmopsError as error:
                     asked["refused"] = error
+                except BaseException as error:  # also a panic of llguidance: nobody may wait for ever
+                    said = f"the grammar cannot be read: {_first_line(str(error))}"
+                    asked["refused"] = GrammarError(said, "make it simpler")
             self._through(command)
             if asked is not None:
                 with self._lock:

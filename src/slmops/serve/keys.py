@@ -81,18 +81,22 @@ def make(name: str, scopes: Sequence[str], now: float, **more: Any) -> tuple[str
 
 
 def rotate(keys: Sequence[Key], name: str, now: float, overlap: float) -> tuple[str, list[Key]]:
-    """A new key for a name, with what its newest has; the others end after `overlap` seconds.
+    """A new key for a name, with what its newest has, for as long as that was made for; the others end after `overlap` seconds.
 
     Raises:
-        UsageError: the name has none.
+        UsageError: the name has none, or all of them have ended.
     """
     own = [key for key in keys if key.name == name]
-    if not own:
-        raise UsageError(f"there is no key {name}", f"make it with `slmops keys add {name}`")
-    newest = max(own, key=lambda key: key.created)
+    if not any(key.valid(now) for key in own):
+        said = f"all keys of {name} have ended" if own else f"there is no key {name}"
+        raise UsageError(said, f"make one with `slmops keys add {name}`")
+    newest = max(reversed(own), key=lambda key: key.created)
+    lifetime = None if newest.expires is None else newest.expires - newest.created
     token, made = make(name, newest.scopes, now)
-    limits = (newest.requests_per_minute, newest.tokens_per_minute, newest.answers)
-    made = replace(made, requests_per_minute=limits[0], tokens_per_minute=limits[1], answers=limits[2])
+    made = replace(
+        made, expires=None if lifetime is None else made.created + lifetime, requests_per_minute=newest.requests_per_minute,
+        tokens_per_minute=newest.tokens_per_minute, answers=newest.answers,
+    )  # fmt: skip
     end = int(now + overlap)
     kept = [
         replace(key, expires=min(end, key.expires or end)) if key.name == name else key

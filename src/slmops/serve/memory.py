@@ -1,22 +1,25 @@
 """The memory of a served model: what its process will take at most, told before it is started, and what may be taken at all.
 
-Counted are the weights, the keys and values of all rows when they are full, and what a pass works with, from the graph's own facts.
-How often the runtime copies weights while it loads them, and its program, are measured: constants below, from models with random
-weights (`docs/guides/serve.md` has predictions beside measurements). Law: a reservation is at least the peak of the process.
+Counted are the weights, those of adapters, the keys and values of all rows when they are full, and what a pass works with, from the
+graph's own facts. How often the runtime copies weights while it loads them, and its program, are measured: constants below, from models
+with random weights (`docs/guides/serve.md` has predictions beside measurements). Law: a reservation is at least the peak of the process.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slmops.catalog import needs
 from slmops.core import cache as core_cache
-from slmops.engines import read_json
+from slmops.engines import find_gguf, gguf_parts, read_json
+from slmops.engines.gguf_tokenizer import tokenizer_place
 from slmops.errors import ModelError
 from slmops.serve import gguf_facts, graph_facts
+from slmops.serve.adapters import adapter_sizes
+from slmops.serve.engines import Kind, kind_of
 from slmops.train import available
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ LLAMA_PLAIN = (0, 1, 7, 32)
 LLAMA_COPIES, LLAMA_PROGRAM, LLAMA_ENTRY, LLAMA_PAD, LLAMA_ROOM = 2.0, 70_000_000, 400, 256, 512
 """Of llama.cpp: its file, and matrices that are arranged anew beside it; its program; bytes of an entry of the vocabulary; tokens that the
 room of a row is rounded up to, and those that it has at first. From `slmops.catalog.needs`, rounded up."""
+LLAMA_EMBED = 64
+"""Tokens that are read at once for an embedding, each with its logits."""
+ADAPTER_COPIES: dict[Kind, int] = {"onnx": 1, "llama_cpp": 1, "torch": 3}
+"""How often an adapter's files are held; torch keeps what may be 16 bits in float32, beside the file."""
 TORCH_PROGRAM = 450_000_000
 SHARE = 0.8
 """Of the memory that is free when the server starts, so much may be taken where nothing else is said."""
@@ -63,14 +70,16 @@ def reservation(settings: Settings) -> Reservation:
         ModelError: the folder is not a model.
     """
     folder, rows, context = settings.folder, settings.rows, settings.context
-    if (folder / "genai_config.json").is_file():
-        return _onnx(folder, rows, context)
-    ggufs = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
-    if ggufs:
-        return _gguf(ggufs, rows, context)
-    if (folder / "config.json").is_file():
-        return _torch(folder, rows, context)
-    raise ModelError(f"{folder} is not a model", "give the folder of a converted model, such as that of a bundle")
+    kind = kind_of(folder, settings.engine)
+    worn = adapter_sizes(folder, kind, settings.adapters)
+    if kind == "onnx":
+        found = _onnx(folder, max(rows, 2) if worn else rows, context)  # the runtime gives adapters two rows at least
+    elif kind == "torch":
+        found = _torch(folder, rows, context)
+    else:
+        file = folder if folder.is_file() else find_gguf(folder) or folder / "model.gguf"
+        found = _gguf(gguf_parts(file), rows, context, bare=tokenizer_place(folder).is_file())
+    return replace(found, weights=found.weights + ADAPTER_COPIES[kind] * sum(worn))
 
 
 def _onnx(folder: Path, rows: int, context: int | None) -> Reservation:
@@ -97,7 +106,7 @@ def _onnx(folder: Path, rows: int, context: int | None) -> Reservation:
     )
 
 
-def _gguf(files: list[Path], rows: int, context: int | None) -> Reservation:
+def _gguf(files: list[Path], rows: int, context: int | None, bare: bool) -> Reservation:
     about, size = gguf_facts.read(files[0]), sum(file.stat().st_size for file in files)
     kind = about.get("general.architecture", "")
 
@@ -114,10 +123,13 @@ def _gguf(files: list[Path], rows: int, context: int | None) -> Reservation:
     while 2 * before < full:
         before *= 2
     carried = int(rows * row * before / full) if before < full else 0
-    work = 4 * CHUNK * (2 * number("feed_forward_length", 4 * hidden) + WIDE * hidden) + 4 * vocabulary * (rows + CHUNK)
+    each = 4 * (2 * number("feed_forward_length", 4 * hidden) + WIDE * hidden)
+    work = CHUNK * each + 4 * vocabulary * (rows + CHUNK)
+    embedder = row + LLAMA_EMBED * (each + 4 * vocabulary)  # a context of its own, with one row
     plain = about.get("general.file_type") in LLAMA_PLAIN and platform.machine() in ("x86_64", "AMD64")
     copies = 1.05 if plain else LLAMA_COPIES
-    return Reservation(int(copies * size), rows * row, carried + work, LLAMA_PROGRAM + LLAMA_ENTRY * vocabulary)
+    entries = LLAMA_ENTRY * vocabulary * (2 if bare else 1)  # grammars read the file's own vocabulary once more
+    return Reservation(int(copies * size), rows * row, carried + work + embedder, LLAMA_PROGRAM + entries)
 
 
 def _torch(folder: Path, rows: int, context: int | None) -> Reservation:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from slmops.engines.gguf_tokenizer import tokenizer_of
-from slmops.errors import ModelError, ResourceError, SlmopsError
+from slmops.errors import ModelError, ResourceError
 from slmops.serve.adapters import find_adapters
 from slmops.serve.engines import kind_of
 from slmops.serve.record import Told, Watch, remind, watching, within
@@ -167,6 +167,7 @@ class Model:
         self.deaths = 0
         self._process: asyncio.subprocess.Process | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._ids = itertools.count(1)
         self._open: dict[int, asyncio.Queue[Any]] = {}
@@ -241,7 +242,8 @@ class Model:
         return rounds * (self.answer_s or 0.0)
 
     def keep(self, seconds: float | None) -> None:
-        """Unload it so long after its last answer from now on; None: leave it loaded. 0: as soon as nobody waits for an answer."""
+        """Unload it so long after its last answer, until the next request says otherwise; None: leave it loaded. 0: as soon as nobody waits
+        for an answer."""
         self.kept, self.used = seconds, self.clock()
 
     async def start(self) -> None:
@@ -252,6 +254,8 @@ class Model:
             NoRoomError: there is not enough memory for it.
             ResourceError: it died a moment ago, or was replaced.
         """
+        if not self.ready and self._reader is not None and not self._reader.done():
+            await asyncio.wait([self._reader])  # a process has just ended, and what that leads to is not settled
         if self.ready:
             return
         if self._stopped:
@@ -261,10 +265,7 @@ class Model:
             raise ResourceError(
                 f"the model {self.settings.name} has failed", f"try again in {max(1.0, wait):.0f} s", retry_after=wait
             )
-        if self._loading is None or self._loading.done():
-            self._loading = asyncio.create_task(self._begin())
-            self._loading.add_done_callback(_seen)  # who asked may have given up
-        loading, own = self._loading, asyncio.current_task()
+        loading, own = self._attempt(), asyncio.current_task()
         try:
             await asyncio.shield(loading)
         except asyncio.CancelledError:
@@ -272,24 +273,38 @@ class Model:
                 raise ResourceError(f"the model {self.settings.name} was unloaded", "ask again") from None
             raise
 
+    def _attempt(self) -> asyncio.Task[None]:
+        """The loading that is under way, or that begins now: there is one at a time."""
+        if self._loading is None or self._loading.done():
+            self._loading = asyncio.create_task(self._begin())
+            self._loading.add_done_callback(_seen)  # who asked may have given up
+        return self._loading
+
     async def _begin(self) -> None:
-        """Load it where there is room."""
+        """Load it where there is room. One that died has its room still, and keeps it if it cannot be loaded."""
         async with self._changing:
-            if self.admit is not None:
+            kept = self.reserved
+            if self.admit is not None and not kept:
                 await self.admit(self)
             try:
                 begun = self.clock()
                 await self._load()
             except BaseException:
-                self.reserved = 0
+                self.reserved = kept
                 raise
             self.load_s, self.used = self.clock() - begun, self.clock()
 
     async def _load(self) -> None:
         command, pipe, s = [sys.executable, "-m", "slmops.serve.worker"], asyncio.subprocess.PIPE, self.settings
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, limit=LONGEST_LINE, start_new_session=True
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, limit=LONGEST_LINE, start_new_session=True
+            )
+        except OSError as error:
+            self._died()
+            raise ModelError(
+                f"no process could be started for the model {s.name}: {error}", "try again later"
+            ) from error
         self._process = process
         assert process.stdout is not None
         try:
@@ -313,6 +328,8 @@ class Model:
         self.context_length, self.vocabulary = int(first["ready"]["context"]), int(first["ready"]["vocabulary"])
         self.threads = int(first["ready"]["threads"])
         self._since, self._failed = self.clock(), False
+        if self._reviving is not None:
+            self._reviving.cancel()
         self._reader = asyncio.create_task(self._read(process))
 
     def _write(self, command: dict[str, Any]) -> None:
@@ -355,16 +372,22 @@ class Model:
                 waiting.put_nowait(ModelError(why, "ask again"))
             if not self._stopped and process is not self._ending:
                 self._died()
-                self._loading = asyncio.create_task(self._revive())
+                self._reviving = asyncio.create_task(self._revive())
 
     async def _revive(self) -> None:
-        """Load it again without being asked, as nobody asks a server that says it is not ready; until that succeeds. What was reserved
-        for it stays so."""
+        """Load it again without being asked, as nobody asks a server that says it is not ready; until that succeeds. Who asks for the
+        model in the meantime waits for one attempt at most."""
         while not self.ready:
-            await asyncio.sleep(max(0.0, self._again - self.clock()))
-            with contextlib.suppress(SlmopsError, OSError):
-                async with self._changing:
-                    await self._load()
+            while (wait := self._again - self.clock()) > 0:
+                await asyncio.sleep(wait)
+            await asyncio.wait([self._attempt()])
+
+    async def _give_up(self) -> None:
+        """End what loads it, or will."""
+        some = [task for task in (self._reviving, self._loading) if task is not None and not task.done()]
+        for task in some:
+            task.cancel()
+        await asyncio.gather(*some, return_exceptions=True)
 
     def _died(self) -> None:
         if self._since and self.clock() - self._since > HEALTHY_S:
@@ -394,6 +417,8 @@ class Model:
         """
         self._wanted += 1
         watcher, failure = None, None
+        if watched:
+            self.kept = self.settings.idle
         try:
             if self.watch is not None and watched:
                 if ask.how.seed is None and ask.how.temperature:  # so that another version can be asked the same
@@ -483,6 +508,7 @@ class Model:
             LimitError: its key has too many answers already.
         """
         self._wanted += 1
+        self.kept = self.settings.idle
         try:
             await within(self.start())
             return await self._embed(prompts, adapter)
@@ -524,9 +550,8 @@ class Model:
         """
         if self.busy:
             return False
-        if self._failed and self._loading is not None and not self._loading.done():
-            self._loading.cancel()
-            await asyncio.gather(self._loading, return_exceptions=True)
+        if self._failed:
+            await self._give_up()
         async with self._changing:
             if self.busy:
                 return False
@@ -537,9 +562,7 @@ class Model:
     async def stop(self) -> None:
         """End the process for good."""
         self._stopped = True
-        if self._loading is not None and not self._loading.done():
-            self._loading.cancel()
-            await asyncio.gather(self._loading, return_exceptions=True)
+        await self._give_up()
         async with self._changing:
             await self._end()
 

@@ -15,6 +15,8 @@ from slmops.serve.scheduler import RequestError
 WORDS = ("from", "parameter", "template", "system", "adapter", "license", "message")
 ROLES = ("system", "user", "assistant")
 QUOTES = '"""'
+LONGEST = 256 << 10
+"""Characters of a Modelfile."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,30 @@ def parse(text: str) -> Modelfile:
     """Read a Modelfile.
 
     Raises:
-        RequestError: a line cannot be read, or there is no FROM.
+        RequestError: a line cannot be read, there is no FROM, or it is too long.
     """
+    if len(text) > LONGEST:
+        raise RequestError(f"the Modelfile has {len(text)} characters, more than {LONGEST}", "shorten it")
     once: dict[str, str] = {}
     parameters: list[tuple[str, str]] = []
     messages: list[tuple[str, str]] = []
     adapters: list[str] = []
     licenses: list[str] = []
-    place = 0
+    place, counted, line = 0, 0, 1
     while True:
         place = _next(text, place)
         if place == len(text):
             break
-        line = text.count("\n", 0, place) + 1
+        line, counted = line + text.count("\n", counted, place), place
         found = re.compile(r"\S+").match(text, place)
         assert found is not None
         word, place = found[0].lower(), found.end()
         if word not in WORDS:
             close = difflib.get_close_matches(word, WORDS, n=1)
             raise _wrong(
-                line, f"{found[0]} is no word of a Modelfile", f"did you mean {close[0].upper()}?" if close else ""
+                line,
+                f"{found[0][:100]} is no word of a Modelfile",
+                f"did you mean {close[0].upper()}?" if close else "",
             )
         first = ""
         if word in ("parameter", "message"):
@@ -68,12 +74,12 @@ def parse(text: str) -> Modelfile:
             first, place = name[1].lower(), name.end()
         value, place = _value(text, place, line)
         if not value and word not in ("system", "message"):
-            raise _wrong(line, f"{word.upper()} {first}".strip() + " has no value")
+            raise _wrong(line, f"{word.upper()} {first[:100]}".strip() + " has no value")
         if word == "parameter":
             parameters.append((first, value))
         elif word == "message":
             if first not in ROLES:
-                raise _wrong(line, f"{first} is no role of a message", f"there are {', '.join(ROLES)}")
+                raise _wrong(line, f"{first[:100]} is no role of a message", f"there are {', '.join(ROLES)}")
             messages.append((first, value))
         elif word == "adapter":
             adapters.append(value)
@@ -140,7 +146,7 @@ def _line_end(text: str, place: int, line: int) -> int:
     end = text.find("\n", place)
     end = len(text) if end < 0 else end
     if text[place:end].strip():
-        raise _wrong(line, f'{text[place:end].strip()} stands after the text in """')
+        raise _wrong(line, f'{text[place:end].strip()[:100]} stands after the text in """')
     return end
 
 

@@ -75,7 +75,6 @@ class Pool:
 
     Attributes:
         left: seconds that the request which is being answered has left; None: as long as it takes.
-        who: who asks it; None: nobody knows.
         definitions: names that stand for models with more; None: none are kept.
         grace: see `GRACE_S`.
     """
@@ -87,7 +86,6 @@ class Pool:
     ) -> None:  # fmt: skip
         self.budget, self._clock, self._reserve, self._free = budget, clock, reserve, free
         self.left: Callable[[], float | None] = lambda: None
-        self.who: Callable[[], str | None] = lambda: None
         self.definitions: Definitions | None = None
         self.grace = GRACE_S
         self.slots: dict[str, Slot] = {}
@@ -145,7 +143,7 @@ class Pool:
         if (
             tried is not None
             and tried.takes(who)
-            and await self._answers(tried.model, None)
+            and await self._answers(tried.model, within)
             and slot.candidate is tried
         ):
             return tried.model
@@ -187,7 +185,7 @@ class Pool:
     async def choose(self, name: str, who: str | None = None) -> Found | None:
         """What a name stands for, with the model that answers now; see `resolve` and `pick`."""
         found = self.resolve(name)
-        model = await self.pick(found.model.settings.name, who or self.who()) if found else None
+        model = await self.pick(found.model.settings.name, who) if found else None
         return Found(model, found.definition) if found and model else None
 
     def defined(self) -> Iterator[Found]:
@@ -357,7 +355,8 @@ class Pool:
             for one in sorted(idle, key=lambda one: one.used):
                 if self._lacking(model) <= 0:
                     break
-                await one.unload()
+                if one.idle:  # else it may have begun to load, and wait for this to end
+                    await one.unload()
             if self._lacking(model) > 0:  # somebody asked one of them in the meantime
                 raise NoRoomError(
                     f"there is no memory for the model {model.settings.name} beside the models that are in use", "ask again later",

@@ -12,13 +12,14 @@ from collections.abc import Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from slmops.errors import ResourceError
 from slmops.serve.limits import Account
 from slmops.serve.refusals import DeadlineError, LimitError
 
 GAPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+Done = TypeVar("Done")
 WAITS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -113,6 +114,7 @@ class Record:
     Attributes:
         route: the pattern of its path, of a fixed set; empty if there is none.
         key: name of the key that asked; empty without one.
+        keeper: whether who asks may load and unload models.
         deadline: in the event loop's time.
         began, ended: of `perf_counter`.
         time: seconds since 1970 when it came.
@@ -128,6 +130,7 @@ class Record:
     route: str = ""
     client: str = ""
     key: str = ""
+    keeper: bool = True
     account: Account | None = None
     deadline: float | None = None
     began: float = field(default_factory=perf_counter)
@@ -211,19 +214,18 @@ def too_late() -> DeadlineError:
     return DeadlineError("the answer was not there before its deadline", "give it more time, or ask for fewer tokens")
 
 
-async def within(work: Coroutine[Any, Any, None]) -> None:
-    """Wait for some work as long as the request has time.
+async def within(work: Coroutine[Any, Any, Done]) -> Done:
+    """What comes of some work, waited for as long as the request has time.
 
     Raises:
         DeadlineError: it has none left.
     """
     deadline = current().deadline
     if deadline is None:
-        await work
-        return
+        return await work
     try:
         async with asyncio.timeout_at(deadline) as limit:
-            await work
+            return await work
     except TimeoutError as error:
         if not limit.expired():
             raise

@@ -25,6 +25,10 @@ class DeadlineError(ModelError):
     """An answer was not there in the time that it had."""
 
 
+class ScopeError(SlmopsError):
+    """A key may not do this."""
+
+
 class LimitError(SlmopsError):
     """A key has asked for as much as it may for now. `after`: seconds until it may ask again."""
 
@@ -54,6 +58,8 @@ def status_of(failure: SlmopsError) -> int:
         return 429
     if isinstance(failure, DeadlineError):
         return 504
+    if isinstance(failure, ScopeError):
+        return 403
     return 400 if isinstance(failure, RequestError) else 500
 
 

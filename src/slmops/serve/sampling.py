@@ -4,7 +4,7 @@ In this order, as the servers do that people know: penalties and biases, what a 
 top-p. Each answer draws from a generator of its own, and all are picked in the same few operations over a matrix of logits.
 
 Law: what an answer says depends on its seed and its prompt, bit for bit, never on the answers beside it: every operation is element by
-element, or goes along one row in an order that the other rows do not change.
+element, or goes along one row in an order that the other rows do not change. A token is one of the vocabulary, whatever is asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Picking:
     """How an answer's tokens are picked. Values as in the API of OpenAI where it has them.
 
     Attributes:
-        temperature: 0 is greedy: the most likely token, the lowest id on ties.
+        temperature: 0, or below `drawing.COLD`, is greedy: the most likely token, the lowest id on ties.
         top_k: of the so many most likely tokens; 0: of all.
         top_p: of the most likely tokens that have this share together.
         min_p: of the tokens with at least this share of the most likely one's probability.
@@ -80,7 +80,8 @@ class Picker:
         import numpy as np
 
         self.how = how
-        self.random = np.random.default_rng(chance if how.seed is None else how.seed) if how.temperature else None
+        warm = how.temperature >= drawing.COLD
+        self.random = np.random.default_rng(chance if how.seed is None else how.seed) if warm else None
         self.plain = self.random is None and not how.changes
         """The most likely token, whatever came before."""
         self.places: dict[int, int] = {}
@@ -129,7 +130,8 @@ def pick(
     if others:
         some = [pickers[place] for place in others]
         matrix = np.stack([logits[place] for place in others])
-        _change(matrix, some)
+        with np.errstate(all="ignore"):  # what is too large is infinite
+            _change(matrix, some)
         for row, place in zip(matrix, others, strict=True):
             mask = masks[place]
             if mask is not None:

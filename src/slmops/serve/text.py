@@ -74,10 +74,7 @@ class Stop:
         if places:
             self.found, self._held = True, ""
             return text[: min(places)]
-        held = max(
-            (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
-            default=0,
-        )
+        held = max(_begun(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -85,3 +82,13 @@ class Stop:
         """What was held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
+
+
+def _begun(text: str, stop: str) -> int:
+    """How much of a stop string the text ends with, without having all of it."""
+    place = max(0, len(text) - len(stop) + 1)
+    while (place := text.find(stop[0], place)) >= 0:
+        if stop.startswith(text[place:]):
+            return len(text) - place
+        place += 1
+    return 0

@@ -309,7 +309,10 @@ class Reader:
             return self._no_call()
         match = HEAD.match(text)
         if match:
-            name = json.loads(match[1])
+            try:
+                name = json.loads(match[1])
+            except ValueError:  # an escape that JSON has not
+                return self._no_call()
             if name not in self.names:
                 return self._no_call()
             self._raw, self._held, self._state, self._scan = "", text[match.end() :], "arguments", _Scan()

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from slmops.core.model import Value
+from slmops.engines.gguf_tokenizer import tokenizer_of, tokenizer_place
 from slmops.errors import DataError, ModelError, ResourceError, SlmopsError
 from slmops.serve.model import Ask, Model, Piece, Settings
 from slmops.serve.pairs import Answered, Pairs
@@ -345,13 +346,13 @@ async def try_out(
     slot = _slot(pool, name)
     if slot.candidate is not None:
         raise ConflictError(f"{name} has a candidate", "promote it, or end it first")
-    if shadow and not await asyncio.to_thread(_same, slot.current.settings.folder, settings.folder):
-        raise ConflictError(
-            "the versions have other tokenizers or chat templates: requests cannot be copied",
-            "give share in place of shadow",
-        )
     slot.changing = True
     try:
+        if shadow and not await asyncio.to_thread(_same, slot.current.settings.folder, settings.folder):
+            raise ConflictError(
+                "the versions have other tokenizers or chat templates: requests cannot be copied",
+                "give share in place of shadow",
+            )
         model = pool.make(settings, slot.count + 1)
         found = await _enter(pool, slot, model, canaries, agreement)
         slot.count += 1
@@ -363,10 +364,16 @@ async def try_out(
 
 
 def _same(one: Path, other: Path) -> bool:
+    """Whether two models have the same tokens and template: the same files, or, where a GGUF file has them in itself, the same in use."""
+
     def read(folder: Path, name: str) -> bytes:
         return (folder / name).read_bytes() if (folder / name).is_file() else b""
 
-    return all(read(one, name) == read(other, name) for name in SAME)
+    one, other = tokenizer_place(one), tokenizer_place(other)
+    if not (one.is_file() or other.is_file()):
+        return all(read(one, name) == read(other, name) for name in SAME)
+    a, b = tokenizer_of(one, "serve"), tokenizer_of(other, "serve")
+    return a.template == b.template and a.size == b.size and a.spellings() == b.spellings()
 
 
 async def settle(

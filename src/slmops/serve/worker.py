@@ -67,12 +67,14 @@ def main(lines: TextIO, out: TextIO) -> int:
 
 
 def _listen(lines: Iterable[str], reading: Reading) -> None:
-    for line in lines:
-        command = json.loads(line)
-        if "ask" in command:  # a step may be under way, for which it waits too
-            command["ask"]["at"] = time.perf_counter()
-        reading.put(command)
-    reading.put(None)
+    try:
+        for line in lines:
+            command = json.loads(line)
+            if "ask" in command:  # a step may be under way, for which it waits too
+                command["ask"]["at"] = time.perf_counter()
+            reading.put(command)
+    finally:  # also where a line cannot be read: the process ends rather than answer nobody
+        reading.put(None)
 
 
 def _widen(out: TextIO) -> None:

@@ -40,10 +40,14 @@ from slmops.serve.dialects.ollama_shapes import (
     said as told_of,
 )
 from slmops.serve.dialects.openai.answers import unless_gone
+from slmops.serve.dialects.openai.embeddings import MOST_INPUTS
+from slmops.serve.dialects.openai.types import GONE
 from slmops.serve.events import Events
 from slmops.serve.model import Ask, Model, Piece
 from slmops.serve.pool import Found, Pool
-from slmops.serve.prompts import plain, written
+from slmops.serve.prompts import ids_of, plain, written
+from slmops.serve.record import current, within
+from slmops.serve.refusals import ScopeError
 from slmops.serve.saying import Saying, saying
 from slmops.serve.scheduler import RequestError
 from slmops.serve.tools import turns
@@ -97,6 +101,7 @@ class Ollama:
         clock = Clock()
         wanted = await parsed(request, Generate)
         found = await self._shelf.choose(wanted.wanted)
+        may_keep(found.model, wanted.keep_alive)
         wanted.check()
 
         def part(text: str) -> dict[str, Any]:
@@ -114,6 +119,7 @@ class Ollama:
         clock = Clock()
         wanted = await parsed(request, Chat)
         found = await self._shelf.choose(wanted.wanted)
+        may_keep(found.model, wanted.keep_alive)
         wanted.check()
 
         def part(text: str) -> dict[str, Any]:
@@ -132,10 +138,16 @@ class Ollama:
         clock = Clock()
         wanted = await parsed(request, Embed)
         found = await self._shelf.choose(wanted.wanted)
+        may_keep(found.model, wanted.keep_alive)
         self._options(found, wanted.options)
         texts = [wanted.input] if isinstance(wanted.input, str) else wanted.input
         texts = [] if texts == [""] else texts
-        vectors, tokens = await self._vectors(found.model, texts, clock, cut=bool(wanted.truncate))
+        if len(texts) > MOST_INPUTS:
+            raise RequestError(f"at most {MOST_INPUTS} inputs are taken at once", "send them in several requests")
+        made = await unless_gone(request, self._vectors(found.model, texts, clock, cut=bool(wanted.truncate)))
+        if made is None:
+            return Response(status_code=GONE)
+        vectors, tokens = made
         size = wanted.dimensions
         vectors = [_unit(vector[:size] if size else vector) for vector in vectors]
         keep(found.model, wanted.keep_alive)
@@ -150,16 +162,20 @@ class Ollama:
         """`/api/embeddings`: one vector, as the model gives it."""
         wanted = await parsed(request, Embedding)
         found = await self._shelf.choose(wanted.wanted)
+        may_keep(found.model, wanted.keep_alive)
         self._options(found, wanted.options)
-        vectors, _ = await self._vectors(found.model, [wanted.prompt] if wanted.prompt else [], Clock(), cut=False)
+        texts = [wanted.prompt] if wanted.prompt else []
+        made = await unless_gone(request, self._vectors(found.model, texts, Clock(), cut=False))
+        if made is None:
+            return Response(status_code=GONE)
         keep(found.model, wanted.keep_alive)
-        return JSONResponse({"embedding": vectors[0] if vectors else []})
+        return JSONResponse({"embedding": made[0][0] if texts else []})
 
     async def _vectors(
         self, model: Model, texts: Sequence[str], clock: Clock, cut: bool
     ) -> tuple[list[list[float]], int]:
         await _loaded(model, clock)
-        prompts = [model.tokenizer.ids(text) for text in texts]
+        prompts = await ids_of(texts, lambda: [model.tokenizer.ids(text) for text in texts])
         for place, prompt in enumerate(prompts):
             if len(prompt) > model.context_length:
                 if not cut:
@@ -177,7 +193,7 @@ class Ollama:
         """Of `/api/generate`: the words as they are, or as one turn after what `context` holds."""
         model, definition = found.model, found.definition
         if wanted.raw:
-            return plain(model, wanted.prompt)
+            return await ids_of(wanted.prompt, lambda: plain(model, wanted.prompt))
         talk: list[dict[str, Any]] = [{"role": "user", "content": wanted.prompt}]
         if wanted.system:
             talk.insert(0, {"role": "system", "content": wanted.system})
@@ -217,7 +233,7 @@ class Ollama:
             raise
         if first is None:
             await lines.aclose()
-            return Response(status_code=499)
+            return Response(status_code=GONE)
         if wanted.stream:
             return Events(_told(first, lines), job.found.headers, LINES)
         parts = [first]
@@ -229,7 +245,7 @@ class Ollama:
 
         try:
             if await unless_gone(request, rest()) is None:
-                return Response(status_code=499)
+                return Response(status_code=GONE)
         finally:
             await lines.aclose()
         return JSONResponse(_joined(parts), headers=job.found.headers)
@@ -296,15 +312,31 @@ def thought(model: Model, think: bool | str | None, name: str) -> None:
         raise RequestError("whether the model thinks cannot be chosen", "leave think out")
 
 
+def may_keep(model: Model, keep_alive: float | str | None) -> None:
+    """Refuse a `keep_alive` that is the keeper's to give: to unload a model at once, or to hold it for longer than it is served to stay.
+
+    Raises:
+        RequestError: it is no time.
+        ScopeError: the key has not the scope.
+    """
+    seconds, idle = seconds_of(keep_alive), model.settings.idle
+    if keep_alive is None or current().keeper:
+        return
+    longer = idle is not None and (seconds is None or seconds > idle)
+    if seconds == 0 or longer:
+        most = "" if idle is None else f" up to {idle:g} s"
+        said = "to unload a model at once" if seconds == 0 else f"a keep_alive of more than {idle:g} s"
+        raise ScopeError(f"{said} needs a key with the scope admin", f"leave keep_alive out, or give a time{most}")
+
+
 def keep(model: Model, keep_alive: float | str | None) -> None:
-    """The one place for `keep_alive`."""
-    if keep_alive is not None:
-        model.keep(seconds_of(keep_alive))
+    """The one place where `keep_alive` is followed, until the next request. Without it a model stays as long as it is served to."""
+    model.keep(model.settings.idle if keep_alive is None else seconds_of(keep_alive))
 
 
 async def _loaded(model: Model, clock: Clock) -> None:
     begin = time.perf_counter_ns()
-    await model.start()
+    await within(model.start())
     clock.loading = time.perf_counter_ns() - begin
 
 

@@ -5,12 +5,13 @@ A served model is one that the command line named; it cannot be deleted or repla
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from slmops.engines import read_json
+from slmops.engines import find_gguf, gguf_parts, read_json
 from slmops.serve import gguf_facts, modelfile
 from slmops.serve.adapters import JOIN
 from slmops.serve.definitions import Definition, Definitions, UnknownError, full, short
@@ -41,6 +42,8 @@ from slmops.serve.scheduler import RequestError
 from slmops.serve.tools import format_of
 
 FORMATS = {"onnx": "onnx", "llama_cpp": "gguf", "torch": "safetensors"}
+LONGEST_S = 1e9
+"""A model that stays for more than thirty years stays for ever."""
 GET_MODELS = "get models with slmops pull, and name them to slmops serve"
 
 
@@ -65,8 +68,10 @@ class Facts:
 
 def facts(folder: Path) -> Facts:
     """Of a model's folder, or of a GGUF file."""
-    inner = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    files = [(file.relative_to(folder).as_posix(), file.stat()) for file in inner if file.is_file()]
+    gguf = folder if folder.is_file() else find_gguf(folder)
+    inner = gguf_parts(folder) if folder.is_file() else sorted(folder.rglob("*"))
+    top = folder.parent if folder.is_file() else folder
+    files = [(file.relative_to(top).as_posix(), file.stat()) for file in inner if file.is_file()]
     marks = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     place = folder / "genai_config.json"
     model = read_json(place).get("model", {}) if place.is_file() else {}
@@ -80,9 +85,8 @@ def facts(folder: Path) -> Facts:
         if theirs in model:
             settings[ours] = model[theirs]
     family = str(model.get("type", ""))
-    ggufs = [file for file in inner if file.suffix == ".gguf"]
-    if not model and ggufs:
-        about = gguf_facts.read(ggufs[0])
+    if not model and gguf is not None:
+        about = gguf_facts.read(gguf_parts(gguf)[0])
         family = str(about.get("general.architecture", ""))
         own = {key.removeprefix(f"{family}."): value for key, value in about.items()}
         settings = {ours: own[ours] for ours in (*names, "context_length") if ours in own}
@@ -95,6 +99,12 @@ def facts(folder: Path) -> Facts:
         sum(stat.st_size for _, stat in files), max((stat.st_mtime for _, stat in files), default=0.0),
         hashlib.sha256(json.dumps(marks).encode()).hexdigest(), family, settings,
     )  # fmt: skip
+
+
+async def known_of(models: Iterable[Model]) -> dict[Path, Facts]:
+    """What is known of the folders of some models, each looked at once, beside the answers that are being given."""
+    folders = {model.settings.folder for model in models}
+    return await asyncio.to_thread(lambda: {folder: facts(folder) for folder in folders})
 
 
 class Shelf:
@@ -141,8 +151,11 @@ class Shelf:
     async def tags(self, request: Request) -> Response:
         """`/api/tags`: all models, the newest first."""
         rows = []
-        for name, found in self._all():
-            known, changed = facts(found.model.settings.folder), self._changed(found)
+        listed = list(self._all())
+        all_known = await known_of([found.model for _, found in listed])
+        for name, found in listed:
+            known = all_known[found.model.settings.folder]
+            changed = self._changed(found, known)
             rows.append(
                 {
                     "name": name, "model": name, "modified_at": stamp(changed), "size": known.size,
@@ -152,16 +165,17 @@ class Shelf:
         rows.sort(key=lambda row: str(row["modified_at"]), reverse=True)
         return JSONResponse({"models": rows})
 
-    def _changed(self, found: Found) -> float:
-        return found.definition.modified if found.definition else facts(found.model.settings.folder).modified
+    def _changed(self, found: Found, known: Facts) -> float:
+        return found.definition.modified if found.definition else known.modified
 
     async def ps(self, request: Request) -> Response:
         """`/api/ps`: models that are loaded. `size` is what their process holds in memory, where the system tells."""
         rows = []
+        all_known = await known_of([model for model in self._pool if model.ready])
         for model in self._pool:
-            if model.ready:
-                known, name = facts(model.settings.folder), tagged(model.settings.name)
-                ends = None if model.left is None else time.time() + model.left
+            known, name = all_known.get(model.settings.folder), tagged(model.settings.name)
+            if model.ready and known is not None:
+                ends = None if model.left is None or model.left > LONGEST_S else time.time() + model.left
                 rows.append(
                     {
                         "name": name, "model": name, "size": _resident(model) or known.size, "digest": known.digest,
@@ -176,7 +190,7 @@ class Shelf:
         wanted = await parsed(request, Show)
         found = self.found(wanted.wanted)
         model, definition = found.model, found.definition or Definition("", found.model.settings.name)
-        known = facts(model.settings.folder)
+        known = (await known_of([model]))[model.settings.folder]
         template = definition.template or model.tokenizer.template
         parameters = lines(definition.parameters)
         file = modelfile.Modelfile(
@@ -187,7 +201,7 @@ class Shelf:
         body: dict[str, Any] = {
             "modelfile": modelfile.write(file), "template": template, "details": details(known, found.definition, found.model),
             "model_info": {"general.architecture": known.family, **numbers}, "capabilities": capabilities(model),
-            "modified_at": stamp(self._changed(found)),
+            "modified_at": stamp(self._changed(found, known)),
         }  # fmt: skip
         if parameters:
             body["parameters"] = "\n".join(f"{name:<30} {value}" for name, value in parameters)
@@ -250,7 +264,10 @@ class Shelf:
             UnknownError: nothing that is served.
         """
         if "/" in base and self._pool.resolve(base) is None:
-            place = Path(base).expanduser().resolve()
+            try:
+                place = Path(base).expanduser().resolve()
+            except (OSError, RuntimeError, ValueError):  # nobody's home, or no path at all
+                return self.found(base)
             for model in self._pool:
                 if model.settings.folder.resolve() == place:
                     return Found(model)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from slmops.serve.dialects.body import Body
+from slmops.serve.dialects.body import Body, StopText
 from slmops.serve.sampling import Picking
 from slmops.serve.scheduler import RequestError, check_length
 
@@ -33,13 +33,13 @@ class Options(Body):
     top_k: int = 40
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.9
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repeat_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = -1
     num_predict: Annotated[int, Field(ge=-2)] = -1
     num_ctx: Annotated[int, Field(ge=1)] | None = None
-    stop: list[str] = Field(default_factory=list)
+    stop: Annotated[list[StopText], Field(max_length=16)] = Field(default_factory=list)
 
     repeat_last_n: Annotated[int, Field(ge=-1)] | None = None
     penalize_newline: bool = True

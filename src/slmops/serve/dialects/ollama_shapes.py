@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from slmops.errors import SlmopsError
 from slmops.serve.definitions import UnknownError
-from slmops.serve.dialects.body import Body
+from slmops.serve.dialects.body import Body, Entries, Items, check_numbers, errors_of
 from slmops.serve.grammar import OBJECT
 from slmops.serve.model import Piece
 from slmops.serve.refusals import PATIENCE_S, patience_of, status_of
@@ -25,6 +25,8 @@ from slmops.serve.scheduler import RequestError
 from slmops.serve.tools import Tool
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+LONGEST_TIME = 32
+"""Characters of a text that says how long."""
 FOREVER = "9999-12-31T23:59:59Z"
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -70,7 +72,7 @@ class Turn(Body):
     content: str = ""
     thinking: str = ""
     images: list[Any] = Field(default_factory=list)
-    tool_calls: list[Call] = Field(default_factory=list)
+    tool_calls: Items[Call] = Field(default_factory=list)
     tool_name: str = ""
     tool_call_id: str = ""
 
@@ -163,7 +165,7 @@ class Generate(Asked):
     suffix: str = ""
     system: str = ""
     template: str = ""
-    context: list[int] | None = None
+    context: Items[int] | None = None
     raw: bool = False
     images: list[Any] = Field(default_factory=list)
 
@@ -181,14 +183,14 @@ class Generate(Asked):
 class Chat(Asked):
     """`/api/chat`."""
 
-    messages: list[Turn] = Field(default_factory=list)
-    tools: Annotated[list[ToolOf], Field(max_length=128)] = Field(default_factory=list)
+    messages: Items[Turn] = Field(default_factory=list)
+    tools: Annotated[Items[ToolOf], Field(max_length=128)] = Field(default_factory=list)
 
 
 class Embed(Named):
     """`/api/embed`."""
 
-    input: str | list[str] = Field(default_factory=list)
+    input: str | Items[str] = Field(default_factory=list)
     truncate: bool | None = None
     dimensions: Annotated[int, Field(ge=0)] = 0
     options: dict[str, Any] = Field(default_factory=dict)
@@ -216,11 +218,11 @@ class Create(Named):
     base: Annotated[str, Field(alias="from")] = ""
     template: str = ""
     system: str = ""
-    license: str | list[str] = Field(default_factory=list)
+    license: str | Items[str] = Field(default_factory=list)
     parameters: dict[str, Any] = Field(default_factory=dict)
-    messages: list[Turn] = Field(default_factory=list)
-    adapters: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, str] = Field(default_factory=dict)
+    messages: Items[Turn] = Field(default_factory=list)
+    adapters: Entries[str, str] = Field(default_factory=dict)
+    files: Entries[str, str] = Field(default_factory=dict)
     path: str = ""
     quantize: str = ""
     quantization: str = ""
@@ -244,9 +246,13 @@ async def parsed(request: Request, kind: type[Kind]) -> Kind:
     if not raw:
         raise RequestError("missing request body")
     try:
+        check_numbers(raw)
+    except ValueError as failure:
+        raise RequestError(f"the body is not JSON: {failure}") from failure
+    try:
         return kind.model_validate_json(raw)
     except ValidationError as failure:
-        first = failure.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = errors_of(failure)[0]
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "json_invalid":
             raise RequestError(f"the body is not JSON: {first['msg']}") from failure
@@ -281,6 +287,8 @@ def seconds_of(text: float | str | None) -> float | None:
     """
     if text is None:
         return None
+    if isinstance(text, str) and len(text) > LONGEST_TIME:
+        raise RequestError(f"keep_alive: {text[:LONGEST_TIME]}… is no time", "give seconds, or a text like 5m")
     try:
         value = float(text)
         if math.isnan(value):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from slmops.serve.dialects.body import Body
+from slmops.serve.dialects.body import Body, Items
 from slmops.serve.dialects.openai.types import MOST_TOOLS, Choosing, Common, Name, misplaced
 from slmops.serve.grammar import OBJECT
 from slmops.serve.tools import Tool, turns
@@ -29,7 +29,7 @@ class Message(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputPart]
+    content: str | Items[InputPart]
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -51,7 +51,7 @@ class FunctionOutput(Body):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputPart]
+    output: str | Items[InputPart]
     id: str | None = None
     status: str | None = None
 
@@ -125,18 +125,18 @@ class Obfuscation(Body):
 class Respond(Common):
     """`/v1/responses`."""
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Items[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     previous_response_id: str | None = None
     store: bool = True
     text: TextOf | None = None
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tools: Items[FunctionTool] = Field(default_factory=list, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     max_tool_calls: None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list)
+    include: Items[Literal["message.output_text.logprobs"]] = Field(default_factory=list)
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     reasoning: ReasoningOf | None = None

@@ -24,6 +24,7 @@ from slmops.serve.events import Events
 from slmops.serve.model import Ask, Model, Piece
 from slmops.serve.pool import Found, Pool
 from slmops.serve.prompts import SHORT, written
+from slmops.serve.refusals import DeadlineError
 from slmops.serve.saying import Saying, saying
 
 
@@ -40,7 +41,8 @@ class OpenAi:
 
     async def models(self, request: Request) -> Response:
         """`/v1/models`."""
-        found = [self._card(one) for one in (*map(Found, self._pool), *self._pool.defined())]
+        models = [model for name in self._pool.names if (model := self._pool.find(name))]
+        found = [self._card(one) for one in (*map(Found, models), *self._pool.defined())]
         return JSONResponse({"object": "list", "data": found})
 
     async def model(self, request: Request) -> Response:
@@ -76,6 +78,8 @@ class OpenAi:
             wanted = adopted(wanted, definition)
             prompt = await written(found, wanted.turns(), said.tools)
             most = bounded(wanted.max_completion_tokens or wanted.max_tokens, [prompt], definition)
+        except DeadlineError as failure:
+            return of(failure, "messages")
         except SlmopsError as failure:
             return error(400, failure.message, param="messages")
         logprobs = wanted.top_logprobs if wanted.logprobs else None
@@ -91,11 +95,11 @@ class OpenAi:
         if found is None:
             return self._unknown(wanted.model)
         model, definition = found.model, found.definition
+        if _count(wanted.prompt) * wanted.n > MOST_ANSWERS:
+            return error(400, f"at most {MOST_ANSWERS} answers are given to one request", param="prompt")
         prompts = await _prompts(wanted.prompt, model, "prompt")
         if isinstance(prompts, Response):
             return prompts
-        if len(prompts) * wanted.n > MOST_ANSWERS:
-            return error(400, f"at most {MOST_ANSWERS} answers are given to one request", param="prompt")
         try:
             wanted = adopted(wanted, definition)
             most = bounded(wanted.max_tokens, prompts, definition)
@@ -137,11 +141,11 @@ class OpenAi:
         if found is None:
             return self._unknown(wanted.model)
         model = found.model
+        if _count(wanted.input) > embeddings.MOST_INPUTS:
+            return error(400, f"at most {embeddings.MOST_INPUTS} inputs are taken at once", param="input")
         prompts = await _prompts(wanted.input, model, "input")
         if isinstance(prompts, Response):
             return prompts
-        if len(prompts) > embeddings.MOST_INPUTS:
-            return error(400, f"at most {embeddings.MOST_INPUTS} inputs are taken at once", param="input")
         try:
             vectors = await unless_gone(request, model.embed(prompts))
             if vectors is None:
@@ -181,6 +185,8 @@ class OpenAi:
             first_turn = [{"role": "system", "content": wanted.instructions}] if wanted.instructions else []
             prompt = await written(found, first_turn + turns, said.tools)
             most = bounded(wanted.max_output_tokens, [prompt], definition)
+        except DeadlineError as failure:
+            return of(failure, "input")
         except SlmopsError as failure:
             return error(400, failure.message, param="input")
         if refused := _odd_bias(wanted, model):
@@ -276,6 +282,11 @@ async def _all(
     finally:
         await pieces.aclose()
     return answers
+
+
+def _count(given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> int:
+    """How many prompts these are, before any is cut into tokens."""
+    return 1 if isinstance(given, str) or (given and isinstance(given[0], int)) else len(given)
 
 
 async def _prompts(

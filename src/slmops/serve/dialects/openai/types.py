@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from slmops.serve.dialects.body import Body
+from slmops.serve.dialects.body import Body, Entries, Items, StopText, check_numbers, errors_of
 from slmops.serve.dialects.openai.errors import error
 from slmops.serve.grammar import OBJECT
 from slmops.serve.sampling import Picking
@@ -56,14 +56,14 @@ class Common(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Entries[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Entries[str, str] | None = None
 
     def picking(self, number: int, logprobs: int | None) -> Picking:
         """How the answer of this number is picked."""
@@ -85,7 +85,7 @@ class Wanted(Common):
 
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[Items[StopText], Field(max_length=4)] | None = None
     store: Literal[False] | None = None
 
     @property
@@ -120,9 +120,9 @@ class Turn(Body):
     """A message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Items[Part] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
@@ -183,7 +183,7 @@ class Allowed(Body):
     """These tools may, or one of them shall, be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[Named], Field(min_length=1)]
+    tools: Annotated[Items[Named], Field(min_length=1)]
 
 
 class AllowedTools(Body):
@@ -240,16 +240,16 @@ class Choosing:
 class Chat(Wanted):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[Items[Turn], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[ToolOf], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[Items[ToolOf], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Named | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None
     prediction: dict[str, Any] | None = None
@@ -283,7 +283,7 @@ class Chat(Wanted):
 class Completion(Wanted):
     """`/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
@@ -295,7 +295,7 @@ class Embedding(Body):
     """`/v1/embeddings`."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Items[str] | Items[int] | Items[Items[int]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
@@ -308,11 +308,15 @@ async def parsed(request: Request, kind: type[Kind]) -> Kind | Response:
     except ClientDisconnect:
         return Response(status_code=GONE)
     try:
+        check_numbers(raw)
+    except ValueError as failure:
+        return error(400, f"the body is not JSON: {failure}")
+    try:
         return kind.model_validate_json(raw)
     except ValidationError as failure:
-        found = failure.errors(include_url=False, include_input=False)
+        found = errors_of(failure)
         # of what is wrong with the first field, that which one of its types came furthest with
-        first = max((one for one in found if one["loc"][:1] == found[0]["loc"][:1]), key=lambda one: len(one["loc"]))
+        first = max((one for one in found if one["loc"][:1] == found[0]["loc"][:1]), key=_far)
         places = [str(part) for part in first["loc"] if not _is_union(part)]
         if first["type"] == "misplaced":
             places.append(first["ctx"]["param"])
@@ -323,6 +327,12 @@ async def parsed(request: Request, kind: type[Kind]) -> Kind | Response:
             return error(400, f"{param} is not supported", param=param, code="unsupported_parameter")
         said = first["msg"].removeprefix("Value error, ")
         return error(400, f"{param or 'the body'}: {said}", param=param)
+
+
+def _far(one: Any) -> tuple[int, int, bool]:
+    """How far the reading of a field came before an error: its depth, its place in a list, and whether the type was right."""
+    last = one["loc"][-1] if one["loc"] else None
+    return len(one["loc"]), last if isinstance(last, int) else -1, not one["type"].endswith("_type")
 
 
 def _is_union(part: Any) -> bool:
