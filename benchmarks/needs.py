@@ -52,6 +52,8 @@ CASES: list[tuple[str, str, str, int, int]] = [
     ("smollm2-135m-instruct", "onnx_genai", "fp32", 512, 1),
     ("llama-3.2-1b-instruct", "llama_cpp", "q4_0", 512, 1),
     ("llama-3.2-1b-instruct", "onnx_genai", "int4", 256, 1),
+    ("qwen3-1.7b", "llama_cpp", "q4_0", 512, 1),
+    ("qwen3-1.7b", "onnx_genai", "int4", 256, 1),
     ("smollm2-135m-instruct", "openvino", "int4", 512, 1),
     ("smollm2-135m-instruct", "openvino", "int4", 2048, 1),
     ("smollm2-135m-instruct", "openvino", "int8", 512, 1),
