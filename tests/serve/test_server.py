@@ -236,3 +236,12 @@ def children(pid: int) -> list[int]:
             if f"\nPPid:\t{pid}\n" in status.read_text():
                 found.append(int(status.parent.name))
     return found
+
+
+def test_it_ends_when_told_though_nobody_hears_what_it_says(folder: Path) -> None:
+    with served(folder) as (client, process):
+        assert chat(client, max_tokens=2).status_code == 200
+        assert process.stderr is not None
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0

@@ -165,8 +165,9 @@ def serve(
                 self.should_exit = self.force_exit = True
                 return
             state.draining = True
-            say(f"ending when {state.open} answers are finished; once more to end at once")
             asyncio.get_running_loop().create_task(self._drain())
+            with contextlib.suppress(OSError):  # nobody may listen any more
+                say(f"ending when {state.open} answers are finished; once more to end at once")
 
         async def _drain(self) -> None:
             with contextlib.suppress(TimeoutError):
