@@ -6,15 +6,14 @@ Only the few fields that are needed are read, by the numbers that onnx.proto3 gi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from slmops.errors import ModelError
+from slmops.serve.protobuf import fields, varint
 
 SIZES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of a number by TensorProto.DataType; types that are not here count one byte."""
-Field = tuple[int, int | memoryview]
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ def read(file: Path) -> Graph:
     try:
         with file.open("rb") as opened:
             whole = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-        for number, value in _fields(whole):
+        for number, value in fields(whole):
             if number != 7 or not isinstance(value, memoryview):  # ModelProto.graph
                 continue
-            for inner, said in _fields(value):
+            for inner, said in fields(value):
                 if inner == 5 and isinstance(said, memoryview):
                     weights.append(_tensor(said))
                 elif inner in (11, 12) and isinstance(said, memoryview):
@@ -70,47 +69,15 @@ def read(file: Path) -> Graph:
     return Graph(tuple(inputs), tuple(outputs), tuple(weights))
 
 
-def _number(data: memoryview, at: int) -> tuple[int, int]:
-    """A number of variable length, and where the next one begins."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def _fields(data: memoryview) -> Iterator[Field]:
-    """The fields of a message: numbers, or the bytes of what has a length."""
-    at = 0
-    while at < len(data):
-        tag, at = _number(data, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _number(data, at)
-            yield tag >> 3, value
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        elif kind == 2:
-            length, at = _number(data, at)
-            if at + length > len(data):
-                raise ValueError("it ends too early")
-            yield tag >> 3, data[at : at + length]
-            at += length
-        else:
-            raise ValueError("not a message of protobuf")
-
-
 def _tensor(data: memoryview) -> Tensor:
     name, shape, kind = "", [], 0
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1 and isinstance(value, int):
             shape.append(value)
         elif number == 1 and isinstance(value, memoryview):  # packed
             at = 0
             while at < len(value):
-                length, at = _number(value, at)
+                length, at = varint(value, at)
                 shape.append(length)
         elif number == 2 and isinstance(value, int):
             kind = value
@@ -122,18 +89,18 @@ def _tensor(data: memoryview) -> Tensor:
 def _value(data: memoryview) -> Tensor:
     """An input or an output: ValueInfoProto → TypeProto.Tensor → TensorShapeProto."""
     name, shape, kind = "", [], 0
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1 and isinstance(value, memoryview):
             name = bytes(value).decode()
         if number == 2 and isinstance(value, memoryview):
-            for inner, tensor in _fields(value):
+            for inner, tensor in fields(value):
                 if inner != 1 or not isinstance(tensor, memoryview):
                     continue
-                for part, said in _fields(tensor):
+                for part, said in fields(tensor):
                     if part == 1 and isinstance(said, int):
                         kind = said
                     elif part == 2 and isinstance(said, memoryview):
-                        for _, length in _fields(said):
-                            known = [n for f, n in _fields(length) if f == 1] if isinstance(length, memoryview) else []
+                        for _, length in fields(said):
+                            known = [n for f, n in fields(length) if f == 1] if isinstance(length, memoryview) else []
                             shape.append(known[0] if known and isinstance(known[0], int) else 0)
     return Tensor(name, tuple(shape), SIZES.get(kind, 1))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from slmops.serve.protobuf import fields
+
 NORMS = {
     "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
 }  # fmt: skip
@@ -21,14 +23,14 @@ FLOAT = 1
 def with_hidden_states(model: bytes) -> tuple[bytes, str] | None:
     """The graph with one more output, and its name; None where no normalisation leads to the logits."""
     makers: dict[str, tuple[str, list[str], str]] = {}
-    for number, graph in fields(memoryview(model)):
+    for number, graph in _parts(memoryview(model)):
         if number != GRAPH:
             continue
-        for place, node in fields(graph):
+        for place, node in _parts(graph):
             if place != NODE:
                 continue
             names: dict[int, list[str]] = {INPUT: [], RESULT: [], KIND: []}
-            for part, value in fields(node):
+            for part, value in _parts(node):
                 if part in names:
                     names[part].append(bytes(value).decode("utf-8"))
             kind, first = "".join(names[KIND]), "".join(names[RESULT][:1])
@@ -46,32 +48,11 @@ def with_hidden_states(model: bytes) -> tuple[bytes, str] | None:
     return None
 
 
-def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of each field of a message that has a length; the others are passed over."""
-    at = 0
-    while at < len(message):
-        head, at = _number(message, at)
-        kind = head & 7
-        if kind == 2:
-            length, at = _number(message, at)
-            yield head >> 3, message[at : at + length]
-            at += length
-        elif kind == 0:
-            _, at = _number(message, at)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"a field of kind {kind}")
-
-
-def _number(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+def _parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and bytes of each field of a message that has a length."""
+    for number, value in fields(message):
+        if isinstance(value, memoryview):
+            yield number, value
 
 
 def _field(number: int, content: bytes) -> bytes:

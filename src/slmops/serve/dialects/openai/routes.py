@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,6 +26,8 @@ from slmops.serve.pool import Found, Pool
 from slmops.serve.prompts import SHORT, written
 from slmops.serve.refusals import DeadlineError
 from slmops.serve.saying import Saying, saying
+
+Named = TypeVar("Named", bound=Common | Embedding)
 
 
 class OpenAi:
@@ -58,14 +60,20 @@ class OpenAi:
         known = ", ".join(self._pool.names)
         return error(404, f"there is no model {name}; there are: {known}", param="model", code="model_not_found")
 
-    async def chat(self, request: Request) -> Response:
-        """`/v1/chat/completions`."""
-        wanted = await parsed(request, Chat)
+    async def _asked(self, request: Request, kind: type[Named]) -> tuple[Named, Found] | Response:
+        """The body of a request, and what answers it; or why not."""
+        wanted = await parsed(request, kind)
         if isinstance(wanted, Response):
             return wanted
         found = await self._pool.choose(wanted.model, wanted.user)
-        if found is None:
-            return self._unknown(wanted.model)
+        return (wanted, found) if found else self._unknown(wanted.model)
+
+    async def chat(self, request: Request) -> Response:
+        """`/v1/chat/completions`."""
+        asked = await self._asked(request, Chat)
+        if isinstance(asked, Response):
+            return asked
+        wanted, found = asked
         model, definition = found.model, found.definition
         choice = wanted.choosing()
         schema = wanted.response_format.schema_of if wanted.response_format else None
@@ -88,12 +96,10 @@ class OpenAi:
 
     async def completions(self, request: Request) -> Response:
         """`/v1/completions`."""
-        wanted = await parsed(request, Completion)
-        if isinstance(wanted, Response):
-            return wanted
-        found = await self._pool.choose(wanted.model, wanted.user)
-        if found is None:
-            return self._unknown(wanted.model)
+        asked = await self._asked(request, Completion)
+        if isinstance(asked, Response):
+            return asked
+        wanted, found = asked
         model, definition = found.model, found.definition
         if _count(wanted.prompt) * wanted.n > MOST_ANSWERS:
             return error(400, f"at most {MOST_ANSWERS} answers are given to one request", param="prompt")
@@ -134,12 +140,10 @@ class OpenAi:
 
     async def embeddings(self, request: Request) -> Response:
         """`/v1/embeddings`."""
-        wanted = await parsed(request, Embedding)
-        if isinstance(wanted, Response):
-            return wanted
-        found = await self._pool.choose(wanted.model, wanted.user)
-        if found is None:
-            return self._unknown(wanted.model)
+        asked = await self._asked(request, Embedding)
+        if isinstance(asked, Response):
+            return asked
+        wanted, found = asked
         model = found.model
         if _count(wanted.input) > embeddings.MOST_INPUTS:
             return error(400, f"at most {embeddings.MOST_INPUTS} inputs are taken at once", param="input")
@@ -159,12 +163,10 @@ class OpenAi:
 
     async def responses(self, request: Request) -> Response:
         """`/v1/responses`."""
-        wanted = await parsed(request, Respond)
-        if isinstance(wanted, Response):
-            return wanted
-        found = await self._pool.choose(wanted.model, wanted.user)
-        if found is None:
-            return self._unknown(wanted.model)
+        asked = await self._asked(request, Respond)
+        if isinstance(asked, Response):
+            return asked
+        wanted, found = asked
         model, definition = found.model, found.definition
         before: list[dict[str, Any]] = []
         if wanted.previous_response_id is not None:
