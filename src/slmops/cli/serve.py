@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -227,7 +228,7 @@ def run(options: argparse.Namespace) -> int:
     tell, stops = _told(options)
     try:
         serve(
-            wanted, host, port, say, None if memory is None else int(amount(str(memory))), tried, options.definitions, rules,
+            wanted, host, port, _say, None if memory is None else int(amount(str(memory))), tried, options.definitions, rules,
             tell, certificate,
         )  # fmt: skip
     finally:
@@ -261,6 +262,12 @@ def _told(options: argparse.Namespace) -> tuple[list[Any], list[Callable[[], Any
         tell.append(traces.tell)
         stops.append(traces.stop)
     return tell, stops
+
+
+def _say(line: str) -> None:
+    """A line for people, who may have stopped listening to a server that goes on."""
+    with contextlib.suppress(OSError):
+        say(line)
 
 
 def _private(path: str, flags: int) -> int:
@@ -302,7 +309,7 @@ def _rules(options: argparse.Namespace, host: str) -> Rules:
         frozenset(options.cors),
     )
     limits = Limits(options.requests_per_minute, options.tokens_per_minute, options.answers)
-    keys = Keys(options.keys, say=say) if options.keys else None
+    keys = Keys(options.keys, say=_say) if options.keys else None
     return Rules(origins, keys, Accounts(limits), options.deadline, options.log_prompts, not options.no_admin)
 
 

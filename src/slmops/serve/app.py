@@ -134,7 +134,7 @@ def serve(
     Args:
         memory: bytes that all models may take together; see `Pool`.
         trials: candidates.
-        say: gets the lines that people read.
+        say: gets the lines that people read; never raises.
         definitions: the folder of definitions; None: that of the user.
         rules, tell: see `application`.
         certificate: speaks TLS with it.
@@ -166,8 +166,7 @@ def serve(
                 return
             state.draining = True
             asyncio.get_running_loop().create_task(self._drain())
-            with contextlib.suppress(OSError):  # nobody may listen any more
-                say(f"ending when {state.open} answers are finished; once more to end at once")
+            say(f"ending when {state.open} answers are finished; once more to end at once")
 
         async def _drain(self) -> None:
             with contextlib.suppress(TimeoutError):
