@@ -47,17 +47,21 @@ def live(
     tell: Sequence[Callable[..., None]] = (),
     headers_s: float = 15.0,
     taken_s: float = 60.0,
+    most: int = 100,
     **settings: Any,
 ) -> Iterator[Live]:
     state, started, found = State(), threading.Event(), {}
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
+    bound.listen()
 
     async def main() -> None:
         pool = found["pool"] = Pool([Settings(folder, "tiny", **settings)])
         await pool.start()
         app = application(pool, state, rules, tell)
-        config = uvicorn.Config(app, log_level="error", access_log=False, http=protocol(headers_s, taken_s), ws="none")
+        config = uvicorn.Config(
+            app, log_level="error", access_log=False, http=protocol(headers_s, taken_s, most), ws="none"
+        )
         found["server"] = server = uvicorn.Server(config)
         started.set()
         await server._serve([bound])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,6 +349,37 @@ def test_a_client_that_takes_nothing_of_its_answer_is_left(tmp_path: Path) -> No
             assert time.monotonic() < end
             time.sleep(0.02)
         assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_one_connection_too_many_is_told_so(folder: Path) -> None:
+    with live(folder, most=3) as server, contextlib.ExitStack() as stack:
+        server.client.close()  # it keeps one
+        where = (str(server.client.base_url.host), server.client.base_url.port or 0)
+        held = [stack.enter_context(socket.create_connection(where, 10)) for _ in range(3)]
+        for _ in range(2):
+            with socket.create_connection(where, 10) as more:
+                said = b"".join(iter(lambda: more.recv(4096), b""))
+            head, _, body = said.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head
+            assert json.loads(body)["error"]["code"] == "too_many_connections"
+        held[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert held[0].recv(4096).startswith(b"HTTP/1.1 200 ")
+        held[1].close()
+        end = time.monotonic() + 20
+        while True:
+            assert time.monotonic() < end
+            with httpx.Client(base_url=server.client.base_url) as other:
+                if other.get("/healthz").status_code == 200:
+                    break
+
+
+def test_connections_leave_descriptors_for_the_rest() -> None:
+    script = (
+        "import resource; from slmops.serve.connections import room\n"
+        "for soft in (100, 500, 4000): resource.setrlimit(resource.RLIMIT_NOFILE, (soft, 5000)); print(room())"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["1", "372", "2048"]
 
 
 def test_an_answer_that_is_not_taken_ends_soon_after_its_deadline(monkeypatch: Any) -> None:

@@ -18,7 +18,7 @@ from slmops.errors import MissingExtraError, SlmopsError
 from slmops.serve import record as records
 from slmops.serve import versions
 from slmops.serve.adapters import JOIN
-from slmops.serve.connections import protocol
+from slmops.serve.connections import protocol, room
 from slmops.serve.definitions import Definitions
 from slmops.serve.definitions import folder as own_folder
 from slmops.serve.gate import Gate, Rules, State
@@ -153,7 +153,8 @@ def serve(
     pool.definitions = Definitions(definitions or own_folder())
     app = application(pool, state, rules, tell)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=75, http=protocol(), ws="none",
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=75,
+        http=protocol(most=room()), ws="none",
         server_header=False, ssl_context_factory=(lambda config, default: certificate.context) if certificate else None,
     )  # fmt: skip
 
