@@ -21,7 +21,9 @@ class Clock:
         return self.now
 
 
-def told(steps: Sequence[tuple[float, Sequence[tuple[int, int, Finish | None]]]]) -> list[list[tuple[int, int]]]:
+def told(
+    steps: Sequence[tuple[float, Sequence[tuple[int, int, Finish | None]]]], whole: Sequence[int] = ()
+) -> list[list[tuple[int, int]]]:
     """Steps at their times, each with (answer, token, finish); the lines that were told, each with (answer, token)."""
     clock, lines = Clock(), list[list[tuple[int, int]]]()
 
@@ -29,6 +31,8 @@ def told(steps: Sequence[tuple[float, Sequence[tuple[int, int, Finish | None]]]]
         lines.append([(row[0], row[1]) for row in line["tokens"]])
 
     teller = Teller(say, 0.01, clock)
+    for id in whole:
+        teller.hold(id)
     for when, found in steps:
         clock.now = 100 + when
         teller.add([Progress(id, Picked(token), finish) for id, token, finish in found])
@@ -53,6 +57,18 @@ def test_an_answer_that_ends_does_not_tell_of_the_others() -> None:
 def test_many_answers_are_told_less_often() -> None:
     lines = told([(0.001 * n, [(id, n, None) for id in range(8)]) for n in range(60)])
     assert len(lines[0]) == 8 and len(lines) == 3 and all(len(line) in (8 * 20, 8 * 21) for line in lines[1:])
+
+
+def test_an_answer_that_is_wanted_whole_is_told_at_its_beginning_and_its_end() -> None:
+    steps = [(0.02 * n, [(1, n, "stop" if n == 9 else None), (2, 100 + n, None)]) for n in range(10)]
+    lines = told(steps, whole=[1])
+    assert lines[0] == [(1, 0), (2, 100)] and lines[-1][:9] == [(1, n) for n in range(1, 10)]
+    assert lines[1:-1] == [[(2, 100 + n)] for n in range(1, 9)]
+
+
+def test_a_long_answer_is_not_one_line() -> None:
+    lines = told([(0.02 * n, [(1, n, None)]) for n in range(3000)], whole=[1])
+    assert [len(line) for line in lines] == [1, 1024, 1024]
 
 
 def test_steps_that_take_long_are_told_one_by_one() -> None:

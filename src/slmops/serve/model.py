@@ -75,6 +75,7 @@ class Ask:
         shown: special tokens whose text is a part of the answer, as marks of calls are.
         adapter: which of the model's adapters it is answered with; None: the model alone.
         joined: tokens that come at once may be one piece, where neither their probabilities nor `stops` have to be told apart.
+        whole: nobody needs to hear between its first token and its last, so that they come at once; not where `stops` may end it.
     """
 
     prompt: Sequence[int]
@@ -85,6 +86,7 @@ class Ask:
     shown: frozenset[int] = frozenset()
     adapter: str | None = None
     joined: bool = False
+    whole: bool = False
 
 
 class Watcher(Protocol):
@@ -464,7 +466,7 @@ class Model:
         self._open[id], self._watches[id], late, finish = found, watch, remind(found), None
         changed = {name: value for name, value in vars(how).items() if value != PLAIN[name]}
         asked = {"id": id, "prompt": list(prompt), "most": max(1, min(ask.most or room, room)), "how": changed}
-        more = {"grammar": ask.grammar, "adapter": ask.adapter}
+        more = {"grammar": ask.grammar, "adapter": ask.adapter, "whole": (ask.whole and not ask.stops) or None}
         self._write({"ask": {**asked, **{name: value for name, value in more.items() if value is not None}}})
         stream, stop, ended = Stream(self.tokenizer, ask.shown), Stop(ask.stops), False
         joined = ask.joined and not ask.stops and how.logprobs is None

@@ -26,6 +26,8 @@ from slmops.serve.scheduler import GrammarError, Progress, Request, RequestError
 
 Say = Callable[[dict[str, Any]], None]
 FEW = 4
+MANY = 1024
+"""Tokens of an answer that are held back at most."""
 PIPE_BYTES = 1 << 20
 """What the pipe to the server holds, so that the model does not wait for it."""
 
@@ -98,7 +100,12 @@ class Teller:
         self._say, self._every, self._clock = say, every, clock
         self._rows: dict[int, list[list[Any]]] = {}
         """By answer that has begun, those that are not told yet."""
+        self._whole: set[int] = set()
         self._told = clock()
+
+    def hold(self, id: int) -> None:
+        """An answer of which nobody needs to hear between its first token and its last."""
+        self._whole.add(id)
 
     def add(self, found: Iterable[Progress]) -> None:
         """Tokens of a step."""
@@ -109,21 +116,24 @@ class Teller:
                 now += [*(rows or ()), row_of(progress)]
                 self._rows[progress.id] = []
                 if progress.finish:
-                    del self._rows[progress.id]
+                    self.forget(progress.id)
             else:
                 rows.append(row_of(progress))
         when = self._clock()
-        if when - self._told >= self._every * max(1.0, len(self._rows) / FEW):
-            self._told = when
-            for rows in self._rows.values():
-                now += rows
-                rows.clear()
+        if when - self._told >= self._every:
+            heard = [rows for id, rows in self._rows.items() if id not in self._whole or len(rows) >= MANY]
+            if when - self._told >= self._every * len(heard) / FEW:
+                self._told = when
+                for rows in heard:
+                    now += rows
+                    rows.clear()
         if now:
             self._say({"tokens": now})
 
     def forget(self, id: int) -> None:
-        """An answer that nobody wants any more."""
+        """An answer that has ended, or that nobody wants any more."""
         self._rows.pop(id, None)
+        self._whole.discard(id)
 
 
 def run(
@@ -131,7 +141,7 @@ def run(
 ) -> None:  # fmt: skip
     """Take commands and steps in turn until a command is None.
 
-    A command is `{"ask": {id, prompt, most, how, ignore_end, grammar, adapter}}`, `{"embed": {id, prompts, adapter}}` or
+    A command is `{"ask": {id, prompt, most, how, ignore_end, grammar, adapter, whole}}`, `{"embed": {id, prompts, adapter}}` or
     `{"cancel": id}`. What is said: `{"tokens": [[id, token, finish, cached, logprob, likely], …]}`, those of one answer one after the
     other (see `Teller`); before the first of an answer `{"began": [[id, seconds until it had a row], …]}`; `{"embedded": [id, which
     prompt, vector]}`; and `{"refused": id, "why": text, "hint": text, "busy": whether it may be asked again, "asked": whether the request
@@ -161,6 +171,8 @@ def run(
                 else:
                     scheduler.submit(request_of(asked))
                     asked_at[asked["id"]] = asked.get("at", time.perf_counter())
+                    if asked.get("whole"):
+                        teller.hold(asked["id"])
             except SlmopsError as error:
                 why = (("busy", ResourceError), ("asked", RequestError), ("grammar", GrammarError))
                 marks = {mark: True for mark, kind in why if isinstance(error, kind)}

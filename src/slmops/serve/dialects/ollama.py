@@ -220,7 +220,8 @@ class Ollama:
 
     async def _answer(self, request: Request, wanted: Asked, job: Job, clock: Clock) -> Response:
         model = job.found.model
-        ask = Ask(job.prompt, job.options.most(job.prompt), job.options.picking(wanted.told), job.options.stop)
+        most, how = job.options.most(job.prompt), job.options.picking(wanted.told)
+        ask = Ask(job.prompt, most, how, job.options.stop, whole=not wanted.stream)
         thought(model, wanted.think, wanted.wanted)
         await _loaded(model, clock)
         clock.asked = time.perf_counter_ns()

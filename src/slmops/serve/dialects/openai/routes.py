@@ -123,7 +123,8 @@ class OpenAi:
             return refused
         asked = [(prompt, number) for prompt in prompts for number in range(wanted.n)]
         asks = [
-            Ask(prompt, most, wanted.picking(number, logprobs), wanted.stops, joined=True) for prompt, number in asked
+            Ask(prompt, most, wanted.picking(number, logprobs), wanted.stops, joined=True, whole=not wanted.stream)
+            for prompt, number in asked
         ]
         pieces = together([model.answer(said.ask(ask)) for ask in asks])
         lengths = sum(map(len, prompts))
@@ -195,7 +196,8 @@ class OpenAi:
             return refused
         shape = ResponseShape(wanted, model, said, len(prompt))
         logprobs = wanted.top_logprobs if wanted.tells_logprobs else None
-        ask = said.ask(Ask(prompt, most, wanted.picking(0, logprobs), stops_of(definition)))
+        how, stops = wanted.picking(0, logprobs), stops_of(definition)
+        ask = said.ask(Ask(prompt, most, how, stops, joined=True, whole=not wanted.stream))
         pieces = together([model.answer(ask)])
         first = await _begun(request, pieces, "input", shape.grammar)
         if isinstance(first, Response):
