@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 CASES: dict[str, tuple[list[str], float | None]] = {
-    "slmops --help": (["--help"], None),
+    "slmops --help": (["--help"], 0.15),
     "slmops catalog --json": (["catalog", "--json"], 0.3),
     "slmops catalog --fits this": (["catalog", "--fits", "this"], None),
     "slmops doctor": (["doctor"], None),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from slmops.cli.bench import named, positive
 from slmops.cli.common import cores, json_argument, open_project, print_json, project_arguments, say
-from slmops.core.fidelity import EXACT, ROUNDED, Expect, Link, verdict
 from slmops.core.layout import columns
+from slmops.core.words import EXACT, ROUNDED, Expect
 from slmops.errors import UsageError
+
+if TYPE_CHECKING:
+    from slmops.core.fidelity import Link
 
 HELP = "show what each form of a model keeps of the one before, and which hop broke it"
 
@@ -54,6 +57,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the hops; the exit code says whether one broke the model."""
+    from slmops.core.fidelity import verdict
+
     hops = _measured(options) if options.models else _of_last_run(options)
     if options.json:
         print_json({"hops": hops, "verdict": verdict(hops)})
@@ -112,6 +117,7 @@ def chained(folders: dict[str, Path], expect: str | None) -> list[Link]:
         UsageError: `expect` has other words than it may, or not one for each hop.
         ModelError: a folder is no model.
     """
+    from slmops.core.fidelity import Link
     from slmops.engines import detect
     from slmops.store.files import read_json
 

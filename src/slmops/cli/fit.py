@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from slmops.cli.bench import positive
 from slmops.cli.common import json_argument, open_project, print_json, project_arguments, say, seconds
-from slmops.core.fit import Budget, Prefer
 from slmops.core.layout import columns
+from slmops.core.words import Prefer
 from slmops.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     """Choose, print the table and the reason, write the page."""
     from slmops.catalog.devices import find
     from slmops.cli.progress import Terminal
+    from slmops.core.fit import Budget
     from slmops.evaluate.fit_page import render_fit
     from slmops.evaluate.fit_text import finding, fit_rows
     from slmops.flow.executor import open_executor

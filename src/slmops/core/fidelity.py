@@ -17,13 +17,7 @@ from typing import Any, Literal
 from slmops.core.model import Value
 from slmops.core.report import Hop, Meeting
 from slmops.core.runtimes import Named
-
-Expect = Literal["exact", "rounded", "learned"]
-EXACT = 0.99
-"""Share of equal next tokens that an exact hop must reach by default."""
-ROUNDED = 0.85
-"""Share of the probability of its choices that a rounded hop must keep by default (`Meeting.kept`). Int4 of models with random
-weights, whose next tokens are all about as likely, kept 0.89 to 0.95; with one matrix transposed 0.11 to 0.78."""
+from slmops.core.words import Expect
 
 FAR = 0.5
 """Relative distance of two matrices from which one is no rounding of the other. Int4 is at about 0.1, another matrix at 1.4."""

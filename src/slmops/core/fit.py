@@ -20,7 +20,6 @@ from pydantic import Field
 
 from slmops.core.model import Value
 
-Prefer = Literal["smallest", "fastest", "best"]
 SURE = 3.3
 """Standard errors that a bound is away before a candidate is given up: about one chance in a thousand."""
 FIRST = 64

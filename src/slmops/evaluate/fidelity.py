@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from slmops.core.fidelity import EXACT, ROUNDED, Link, judge
+from slmops.core.fidelity import Link, judge
 from slmops.core.method import Context, Declaration, Facts
 from slmops.core.method import Params as BaseParams
 from slmops.core.spec import Positive, Share, Task
+from slmops.core.words import EXACT, ROUNDED
 
 DECLARATION = Declaration(
     name="evaluate.fidelity",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slmops.core.fit import Budget, Budgeted, Prefer
+from slmops.core.fit import Budget, Budgeted
+from slmops.core.words import Prefer
 from slmops.evaluate.words import milliseconds, percent, size
 
 STATES = {

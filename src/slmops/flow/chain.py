@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slmops.core.fidelity import Expect, Link
+from slmops.core.fidelity import Link
 from slmops.core.spec import Spec
 from slmops.core.step import Step
+from slmops.core.words import Expect
 
 LEFT_OUT = ("few", "all", "unpruned", "whole", "nearest")
 """Variants that are no step on the way to what ships."""

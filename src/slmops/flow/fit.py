@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from slmops.catalog.devices import Device, Slowdown, measure_here, slowdown
-from slmops.core.fit import Budget, Budgeted, Prefer, front, kept, nearest, parts
+from slmops.core.fit import Budget, Budgeted, front, kept, nearest, parts
 from slmops.core.method import Progress, SilentProgress
 from slmops.core.spec import Metric, Spec
 from slmops.core.step import Step
+from slmops.core.words import Prefer
 from slmops.errors import UsageError
 from slmops.flow import fit_plan
 from slmops.flow.executor import Executor
