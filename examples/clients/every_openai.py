@@ -114,7 +114,10 @@ def main() -> None:
         (one,) = say(model=model, messages=HELLO, tools=tools, tool_choice=named).choices[0].message.tool_calls or ()
         assert one.type == "function" and one.function.name == "find_order"
         none = say(model=model, messages=HELLO, tools=tools, tool_choice="none", max_tokens=4).choices[0].message
-        assert not none.tool_calls and say(model=model, messages=HELLO, tools=tools, tool_choice="auto", max_tokens=4).usage
+        assert (
+            not none.tool_calls
+            and say(model=model, messages=HELLO, tools=tools, tool_choice="auto", max_tokens=4).usage
+        )
         print("tools: required, named, none, auto, answered, streamed:", call.function.arguments)
 
     first = client.responses.create(model=model, input="Hello", instructions="Be brief.", max_output_tokens=4)
@@ -128,7 +131,9 @@ def main() -> None:
     assert [item.type for item in client.responses.input_items.list(first.id)] == ["message"]
     if tools:
         flat: Any = [{"type": "function", **FUNCTION}]
-        reply = client.responses.create(model=model, input="Hello", tools=flat, tool_choice="required", parallel_tool_calls=False)
+        reply = client.responses.create(
+            model=model, input="Hello", tools=flat, tool_choice="required", parallel_tool_calls=False
+        )
         (asked,) = (item for item in reply.output if item.type == "function_call")
         output: Any = [{"type": "function_call_output", "call_id": asked.call_id, "output": "on its way"}]
         assert client.responses.create(

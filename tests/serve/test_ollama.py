@@ -22,6 +22,7 @@ from slmops.core.engine import Sampling
 from slmops.engines import open_engine
 from slmops.engines.minimal import SPECIAL, TEMPLATE, _write_tokenizer
 from slmops.serve.app import State, application
+from slmops.serve.dialects import ollama_shapes
 from slmops.serve.model import Model, Settings
 from slmops.serve.pool import Pool
 from tests.serve.test_server import served
@@ -383,6 +384,11 @@ def test_tools_are_told_to_the_model(client: ollama.Client, http: httpx.Client) 
     more = len(spoken) + 2 + len("<|tool|>rain") + 1
     assert after.prompt_eval_count == (told.prompt_eval_count or 0) + more
     assert client.show("caller").capabilities == ["completion", "embedding", "tools"]
+    function = {"name": "weather", "parameters": {"type": "object"}, "strict": True}  # as LiteLLM hands it on
+    body = {"model": "caller", "messages": HELLO, "options": GREEDY, "stream": False}
+    handed = http.post("/api/chat", json=body | {"tools": [{"type": "function", "function": function}]}).json()
+    assert handed["prompt_eval_count"] == told.prompt_eval_count
+    assert ollama_shapes.ToolOf.model_validate({"function": function}).tool().strict
 
 
 def test_a_model_is_unloaded_when_it_is_told_to_and_comes_back(client: ollama.Client) -> None:

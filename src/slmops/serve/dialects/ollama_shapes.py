@@ -101,11 +101,12 @@ class Turn(Body):
 
 
 class Function(Body):
-    """A function that may be called."""
+    """A function that may be called. `strict` is OpenAI's and means the same: clients of both dialects send it here too."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str = ""
     parameters: dict[str, Any] | None = None
+    strict: bool = False
 
 
 class ToolOf(Body):
@@ -116,7 +117,7 @@ class ToolOf(Body):
 
     def tool(self) -> Tool:
         """See `slmops.serve.tools`."""
-        return Tool(self.function.name, self.function.description, self.function.parameters)
+        return Tool(self.function.name, self.function.description, self.function.parameters, self.function.strict)
 
 
 class Asked(Named):
