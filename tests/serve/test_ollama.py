@@ -20,7 +20,7 @@ import pytest
 
 from slmops.core.engine import Sampling
 from slmops.engines import open_engine
-from slmops.engines.minimal import SPECIAL, TEMPLATE, _write_tokenizer
+from slmops.engines.minimal import SPECIAL, TEMPLATE, VOCABULARY, _write_tokenizer
 from slmops.serve.app import State, application
 from slmops.serve.dialects import ollama_shapes
 from slmops.serve.model import Model, Settings
@@ -183,9 +183,14 @@ def test_models_are_listed_shown_and_loaded(client: ollama.Client, http: httpx.C
     assert listed.model == "tiny:latest" and listed.size == sum(file.stat().st_size for file in folder.iterdir())
     assert listed.digest and len(listed.digest) == 64 and listed.modified_at and listed.details
     assert (listed.details.format, listed.details.family) == ("onnx", "llama")
+    assert listed.details.parameter_size == "107K"
     shown = client.show("tiny")
     assert shown.template == TEMPLATE and shown.capabilities == ["completion", "embedding"]
     assert shown.modelinfo and shown.modelinfo["llama.context_length"] == 512
+    layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
+    assert (
+        shown.modelinfo["general.parameter_count"] == 2 * (VOCABULARY * 64 + layer) + 64
+    )  # table and head are two here
     assert shown.modelinfo["general.architecture"] == "llama" and shown.modelfile == "FROM tiny\n"
     running = next(one for one in client.ps().models if one.model == "tiny:latest")
     assert running.name == "tiny:latest" and running.context_length == 512

@@ -1,8 +1,11 @@
-"""What the header of a GGUF file says of its memory, read without loading it: numbers of its metadata, and lengths of its lists."""
+"""What the header of a GGUF file says, read without loading it: numbers of its metadata, lengths of its lists, sizes of its tensors."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,31 +22,58 @@ def read(file: Path) -> dict[str, float | str]:
     Raises:
         ModelError: the file is not GGUF.
     """
-    found: dict[str, float | str] = {}
+    with _opened(file) as stream:
+        return _metadata(stream)[1]
+
+
+def numbers(file: Path) -> int:
+    """How many numbers its tensors have together.
+
+    Raises:
+        ModelError: the file is not GGUF.
+    """
+    with _opened(file) as stream:
+        found = 0
+        for _ in range(_bounded(_metadata(stream)[0])):
+            _text(stream)
+            shape = [int(_number(stream, "Q")) for _ in range(_bounded(_number(stream, "I")))]
+            found += math.prod(shape)
+            stream.seek(struct.calcsize("<IQ"), 1)  # its type and place
+        return found
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
     try:
         with file.open("rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise ValueError("it does not begin with GGUF")
-            _version, _tensors, entries = _number(stream, "I"), _number(stream, "Q"), _number(stream, "Q")
-            for _ in range(_bounded(entries)):
-                key = _text(stream)
-                kind = int(_number(stream, "I"))
-                if kind != LIST:
-                    found[key] = _text(stream) if kind == TEXT else _number(stream, WIDTHS[kind])
-                    continue
-                kind, count = int(_number(stream, "I")), _bounded(_number(stream, "Q"))
-                found[f"{key}#"] = count
-                if kind == TEXT:
-                    for _ in range(count):
-                        stream.seek(_bounded(_number(stream, "Q")), 1)
-                else:
-                    size = struct.calcsize(WIDTHS[kind])
-                    values = struct.unpack(f"<{count}{WIDTHS[kind]}", stream.read(size * count))
-                    if values:
-                        found[key] = max(values)
+            yield stream
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise ModelError(f"{file} cannot be read as GGUF: {error}", "convert the model again") from error
-    return found
+
+
+def _metadata(stream: BinaryIO) -> tuple[float, dict[str, float | str]]:
+    """How many tensors there are, and what `read` gives; the stream is at the tensors then."""
+    found: dict[str, float | str] = {}
+    if stream.read(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    _version, tensors, entries = _number(stream, "I"), _number(stream, "Q"), _number(stream, "Q")
+    for _ in range(_bounded(entries)):
+        key = _text(stream)
+        kind = int(_number(stream, "I"))
+        if kind != LIST:
+            found[key] = _text(stream) if kind == TEXT else _number(stream, WIDTHS[kind])
+            continue
+        kind, count = int(_number(stream, "I")), _bounded(_number(stream, "Q"))
+        found[f"{key}#"] = count
+        if kind == TEXT:
+            for _ in range(count):
+                stream.seek(_bounded(_number(stream, "Q")), 1)
+        else:
+            size = struct.calcsize(WIDTHS[kind])
+            values = struct.unpack(f"<{count}{WIDTHS[kind]}", stream.read(size * count))
+            if values:
+                found[key] = max(values)
+    return tensors, found
 
 
 def _number(stream: BinaryIO, kind: str) -> float:

@@ -131,7 +131,7 @@ class Shape:
     def of_folder(cls, folder: Path) -> Shape | None:
         """The shape of a model folder; None where it is of no known kind, or config.json does not say its widths."""
         try:
-            return cls.of_config(config_of(folder), _weights(folder))
+            return cls.of_config(config_of(folder), weights(folder))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -214,7 +214,7 @@ def lower_bytes(folder: Path) -> int:
     return 0 if all(entry["dtype"] == "F32" for entry in entries) else total
 
 
-def _weights(folder: Path) -> int:
+def weights(folder: Path) -> int:
     """Weights in the safetensors files of a folder, from their headers alone; 0 if there are none."""
     return sum(math.prod(entry["shape"]) for entry in _entries(folder))
 

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from slmops.engines import find_gguf, gguf_parts, read_json
-from slmops.serve import gguf_facts, modelfile
+from slmops.serve import gguf_facts, modelfile, parameters
 from slmops.serve.adapters import JOIN
 from slmops.serve.definitions import Definition, Definitions, UnknownError, full, short
 from slmops.serve.dialects.ollama_options import lines, normal
@@ -57,6 +57,7 @@ class Facts:
         digest: of names, sizes and times of its files. Not of their content, which may be gigabytes.
         family: the architecture.
         settings: numbers of it.
+        parameters: how many it has; None where that is not known.
     """
 
     size: int
@@ -64,6 +65,7 @@ class Facts:
     digest: str
     family: str
     settings: dict[str, Any]
+    parameters: int | None = None
 
 
 def facts(folder: Path) -> Facts:
@@ -103,8 +105,13 @@ def facts(folder: Path) -> Facts:
 
 async def known_of(models: Iterable[Model]) -> dict[Path, Facts]:
     """What is known of the folders of some models, each looked at once, beside the answers that are being given."""
-    folders = {model.settings.folder for model in models}
-    return await asyncio.to_thread(lambda: {folder: facts(folder) for folder in folders})
+    folders = {model.settings.folder: model.engine for model in models}
+
+    def look(folder: Path) -> Facts:
+        found = facts(folder)
+        return replace(found, parameters=parameters.known(folder, folders[folder], found.digest))
+
+    return await asyncio.to_thread(lambda: {folder: look(folder) for folder in folders})
 
 
 class Shelf:
@@ -192,19 +199,21 @@ class Shelf:
         model, definition = found.model, found.definition or Definition("", found.model.settings.name)
         known = (await known_of([model]))[model.settings.folder]
         template = definition.template or model.tokenizer.template
-        parameters = lines(definition.parameters)
+        said = lines(definition.parameters)
         file = modelfile.Modelfile(
-            definition.base, tuple(parameters), definition.template, definition.system, (), definition.licenses,
+            definition.base, tuple(said), definition.template, definition.system, (), definition.licenses,
             definition.messages,
         )  # fmt: skip
         numbers = {f"{known.family}.{name}": value for name, value in known.settings.items()}
+        if known.parameters is not None:
+            numbers["general.parameter_count"] = known.parameters
         body: dict[str, Any] = {
             "modelfile": modelfile.write(file), "template": template, "details": details(known, found.definition, found.model),
             "model_info": {"general.architecture": known.family, **numbers}, "capabilities": capabilities(model),
             "modified_at": stamp(self._changed(found, known)),
         }  # fmt: skip
-        if parameters:
-            body["parameters"] = "\n".join(f"{name:<30} {value}" for name, value in parameters)
+        if said:
+            body["parameters"] = "\n".join(f"{name:<30} {value}" for name, value in said)
         if definition.system:
             body["system"] = definition.system
         if definition.licenses:
@@ -361,7 +370,7 @@ def details(known: Facts, definition: Definition | None, model: Model) -> dict[s
     return {
         "parent_model": definition.parent if definition else "", "format": FORMATS[model.engine],
         "family": known.family, "families": families,
-        "parameter_size": "", "quantization_level": "",
+        "parameter_size": parameters.words(known.parameters), "quantization_level": "",
     }  # fmt: skip
 
 

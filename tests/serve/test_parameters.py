@@ -1,0 +1,72 @@
+"""How many parameters a model has, against what torch counts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from slmops.errors import ModelError
+from slmops.serve import gguf_facts
+from slmops.serve.engines import kind_of
+from slmops.serve.parameters import count, known, words
+from tests.serve.conftest import Converted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "phi3", "gemma3"])
+def test_every_form_has_the_parameters_that_torch_counts(converted: Converted, kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = converted(kind, "source")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    forms = [converted(kind, precision) for precision in ("source", "fp32", "int8", "int4", "gguf-fp16", "gguf-q4_0")]
+    assert [count(folder, kind_of(folder, None)) for folder in forms] == [numbers] * len(forms)
+
+
+@pytest.mark.slow
+def test_what_is_not_known_is_not_told(converted: Converted, tmp_path: Path) -> None:
+    """A graph that rounds by an operator that is not known, a folder that says it is rounded, files that are none."""
+    import onnx
+
+    folder = tmp_path / "onnx"
+    shutil.copytree(converted("qwen3", "int4"), folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in graph.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.op_type = "MatMulOfTomorrow"
+    onnx.save(graph, folder / "model.onnx")
+    assert count(folder, "onnx") is None
+    (folder / "model.onnx").write_bytes(b"no graph")
+    assert count(folder, "onnx") is None
+    source = tmp_path / "source"
+    shutil.copytree(converted("qwen3", "source"), source)
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.replace("{", '{"quantization_config": {"quant_method": "gptq"},', 1))
+    assert count(source, "torch") is None
+    assert known(tmp_path, "torch", "of nothing") is None
+
+
+@pytest.mark.slow
+def test_a_gguf_file_that_ends_in_its_tensors_is_refused(converted: Converted, tmp_path: Path) -> None:
+    whole = next(converted("qwen3", "gguf-q4_0").glob("*.gguf"))
+    data = whole.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(data[: data.index(b"blk.1.") + 3])
+    assert gguf_facts.read(cut)
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        gguf_facts.numbers(cut)
+    assert count(cut, "llama_cpp") is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        (None, ""), (999, "999"), (90_816, "91K"), (2_300_000, "2.30M"), (494_032_768, "494.03M"), (7_000_000, "7M"),
+        (1_543_714_304, "1.5B"), (8_000_000_000, "8B"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_as_ollama_writes_them(parameters: int | None, said: str) -> None:
+    assert words(parameters) == said
