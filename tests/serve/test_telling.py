@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from slmops.engines.minimal import write_minimal
 from slmops.serve.gate import Rules
 from slmops.serve.limits import Accounts, Limits
-from slmops.serve.log import Log
+from slmops.serve.log import Log, LogFile
 from slmops.serve.record import Counts
 from slmops.serve.traces import Traces
 from tests.serve.live import ENDLESS, Live, live, write_long
@@ -204,6 +204,32 @@ def test_a_log_that_cannot_be_written_ends_no_answer(folder: Path) -> None:
     closed.close()
     with live(folder, Rules(), [Log(closed).tell]) as server:
         assert server.chat().status_code == 200
+
+
+def test_a_log_that_was_moved_away_is_begun_anew(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "logs" / "requests.jsonl"
+    place.parent.mkdir()
+    out = LogFile(place)
+    with live(folder, Rules(), [Log(out).tell]) as server:
+        for step in ("", "moved", "deleted", "moved with its folder"):
+            if step == "moved":
+                place.rename(tmp_path / "requests.jsonl.1")
+            elif step == "deleted":
+                place.unlink()
+            elif step:
+                place.parent.rename(tmp_path / "elsewhere")
+            server.chat({"x-request-id": f"step {step}".replace(" ", "-")})
+            now = tmp_path / "elsewhere" / place.name if "folder" in step else place
+            until = time.monotonic() + 10
+            while not (now.is_file() and f'"step-{step}"'.replace(" ", "-") in now.read_text()):
+                assert time.monotonic() < until, step
+                time.sleep(0.01)
+    out.close()
+    old = (tmp_path / "requests.jsonl.1").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in old] == ["step-"]
+    kept = (tmp_path / "elsewhere" / place.name).read_text().splitlines()  # where there is no place for a new one
+    assert [json.loads(line)["id"] for line in kept] == ["step-deleted", "step-moved-with-its-folder"]
+    assert place.parent.exists() is False and (tmp_path / "elsewhere" / place.name).stat().st_mode & 0o777 == 0o600
 
 
 def test_counts_are_those_of_a_plain_count() -> None:

@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _told(options: argparse.Namespace) -> tuple[list[Any], list[Callable[[], Any]]]:
     """Who gets every request that is over, and what ends them."""
-    from slmops.serve.log import Log
+    from slmops.serve.log import Log, LogFile
 
     tell: list[Any] = []
     stops: list[Callable[[], Any]] = []
@@ -249,7 +249,7 @@ def _told(options: argparse.Namespace) -> tuple[list[Any], list[Callable[[], Any
         tell.append(Log(sys.stderr).tell)
     elif options.log:
         try:
-            file = open(options.log, "a", encoding="utf-8", opener=_private)  # noqa: SIM115
+            file = LogFile(Path(options.log))
         except OSError as error:
             raise UsageError(f"{options.log} cannot be written: {error.strerror}", "give another --log") from error
         tell.append(Log(file).tell)
@@ -268,10 +268,6 @@ def _say(line: str) -> None:
     """A line for people, who may have stopped listening to a server that goes on."""
     with contextlib.suppress(OSError):
         say(line)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _rules(options: argparse.Namespace, host: str) -> Rules:

@@ -5,16 +5,67 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from typing import Any, TextIO
+import os
+from pathlib import Path
+from typing import Any, Protocol
 
 from slmops.serve.metrics import error_of
 from slmops.serve.record import Record
 
 
-class Log:
-    """Writes lines to a stream. One that cannot be written is lost: a full disk ends no answer."""
+class Out(Protocol):
+    """Where lines go."""
 
-    def __init__(self, out: TextIO) -> None:
+    def write(self, text: str, /) -> Any:
+        """Add a text."""
+
+    def flush(self) -> Any:
+        """Have it seen."""
+
+
+class LogFile:
+    """A file that texts are added to, for its owner alone. Once it was moved or deleted, as by logrotate, the next text begins a new one of
+    the same name; where none can be made, it still goes to the old one.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, open(path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115
+
+    def write(self, text: str) -> None:
+        """Add a text."""
+        with contextlib.suppress(OSError):
+            if self._moved():
+                new = open(self._path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115
+                self._file, old = new, self._file
+                old.close()
+        self._file.write(text)
+
+    def flush(self) -> None:
+        """Have it seen by whoever reads the file."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """No more texts."""
+        self._file.close()
+
+    def _moved(self) -> bool:
+        try:
+            return not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return True
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+class Log:
+    """Writes lines. One that cannot be written is lost: a full disk ends no answer."""
+
+    def __init__(self, out: Out) -> None:
         self._out = out
 
     def tell(self, record: Record) -> None:
