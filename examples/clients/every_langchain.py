@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 import ollama
-from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
@@ -91,10 +91,12 @@ def openai_dialect(url: str, model: str, adapter: str | None) -> None:
     )
     print("json_schema, json_mode:", found)
 
+    has_tools = True
     bound = chat.bind_tools([find_order], tool_choice="required", parallel_tool_calls=False, strict=True)
     try:
         made = bound.invoke(TURNS)
     except BadRequestError as error:
+        has_tools = False
         print("tools left out:", error.body)
     else:
         (call,) = made.tool_calls
@@ -117,7 +119,11 @@ def openai_dialect(url: str, model: str, adapter: str | None) -> None:
     assert first.usage_metadata and list(other.bind(max_tokens=8).stream(TURNS))
     assert other.bind(max_tokens=8).invoke([*TURNS, first, HumanMessage("More")]).usage_metadata
     assert isinstance(other.with_structured_output(Intent).invoke(TURNS), Intent)
-    print("responses: whole, streamed, gone on with, parsed")
+    if has_tools:
+        asked = other.bind_tools([find_order], tool_choice="required", strict=True).invoke(TURNS)
+        replied = ToolMessage("on its way", tool_call_id=asked.tool_calls[0]["id"])
+        assert other.bind_tools([find_order]).bind(max_tokens=4).invoke([*TURNS, asked, replied]).usage_metadata
+    print("responses: whole, streamed, gone on with, parsed", "with tools" if has_tools else "without tools")
 
     try:
         few = OpenAIEmbeddings(
@@ -164,6 +170,8 @@ def ollama_dialect(url: str, model: str, adapter: str | None) -> None:
         bound = chat.bind_tools([find_order])
         said = bound.invoke(TURNS)
         assert said.usage_metadata and list(bound.stream(TURNS))
+        called = AIMessage("", tool_calls=[{"name": "find_order", "args": {"number": 5}, "id": "1"}])
+        assert bound.invoke([*TURNS, called, ToolMessage("on its way", tool_call_id="1")]).usage_metadata
     except ollama.ResponseError as error:
         if "no tools" not in error.error:
             raise
