@@ -211,10 +211,13 @@ def serve(
 
 
 def settle() -> None:
-    """Nothing that is there by now is looked through for garbage again, which takes longer than an answer's tokens."""
+    """Nothing that is there by now is looked through for garbage again, which takes longer than an answer's tokens.
+
+    The rest is looked through often, since what waits for it makes the process larger for good.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(2_000, 10, 5)
 
 
 def _loaded(model: Model) -> str:
