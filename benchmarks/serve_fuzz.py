@@ -1,10 +1,11 @@
 """Malformed bodies sent to a server, in OpenAI's and in Ollama's dialect: none may make it fail.
 
-    python benchmarks/serve_fuzz.py http://127.0.0.1:8000 MODEL [--count 10000] [--dialect ollama]
+    python benchmarks/serve_fuzz.py http://127.0.0.1:8000 MODEL [--count 10000] [--dialect ollama] [--pid PID_OF_THE_SERVER]
 
 A body is a request that would be good, changed at random: a value replaced by one of another kind, a field left out, doubled or added, an
 object nested deeply, bytes cut or overwritten. It ends with 1 if an answer has a status of 500 or more, an error in another shape than
-the dialect's, or if the server is no longer there.
+the dialect's, if the server is no longer there or a model's process died, and, with `--pid`, if the memory of the server or of its
+models' processes still grows by more than `GROWTH_MB` in the last two fifths of the bodies (Linux only).
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ import argparse
 import copy
 import json
 import random
+import re
+import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import httpx
+
+from soak import resident, workers
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", None]}}, "required": ["a"]}
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
@@ -91,6 +97,10 @@ ODD: list[Any] = [
     {"$ref": "#"}, {"$ref": "#/$defs/none"}, [1, "a"], "null", {"type": "array", "items": {"$ref": "#"}},
 ]  # fmt: skip
 
+GROWTH_MB = 4.0
+"""More growth than this in the last two fifths is taken for a leak."""
+FIFTHS, SAMPLES = 5, 20
+
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths to all values in it that are not deep."""
@@ -150,19 +160,60 @@ def wrong(response: httpx.Response, dialect: str) -> str | None:
 
 
 def fuzz(
-    client: httpx.Client, model: str, count: int, seed: int = 0, dialect: str = "openai"
-) -> tuple[Counter[int], list[str]]:
-    """How often each status came, and what was wrong."""
+    client: httpx.Client, model: str, count: int, seed: int = 0, dialect: str = "openai",
+    before: Callable[[int], None] | None = None,
+) -> tuple[Counter[int], list[str]]:  # fmt: skip
+    """How often each status came, and what was wrong. `before`: called before each body, with its number."""
     random_ = random.Random(seed)
     codes: Counter[int] = Counter()
     faults = []
     for number in range(count):
+        if before:
+            before(number)
         path, raw = malformed(random_, model, dialect)
         response = client.post(path, content=raw, headers={"content-type": "application/json"})
         codes[response.status_code] += 1
         if said := wrong(response, dialect):
             faults.append(f"{number}: {said}: {path} {raw[:2000]!r}: {response.text[:200]}")
     return codes, faults
+
+
+class Memory:
+    """What the server and its models' processes hold, over the bodies."""
+
+    def __init__(self, pid: int, count: int) -> None:
+        self._pid, self._count = pid, count
+        self._every = max(1, count // (FIFTHS * SAMPLES))
+        self.found: list[tuple[int, float, float]] = []
+        """How many bodies were sent, MB of the server, MB of its models' processes."""
+
+    def take(self, number: int) -> None:
+        """Take it down, from time to time."""
+        if number % self._every == 0:
+            self.found.append((number, resident([self._pid]) / 1e6, resident(workers(self._pid)) / 1e6))
+
+    def part(self, fifth: int, index: int) -> float:
+        """The most that was held in a fifth of the bodies."""
+        begin, end = self._count * fifth / FIFTHS, self._count * (fifth + 1) / FIFTHS
+        return max(row[index] for row in self.found if begin <= row[0] <= end)
+
+    def growth(self, index: int) -> float:
+        """In the last two fifths."""
+        return self.part(FIFTHS - 1, index) - self.part(FIFTHS - 3, index)
+
+    def table(self) -> str:
+        """In words."""
+        rows = [f"{'bodies':>9} {'server MB':>10} {'models MB':>10}"]
+        for fifth in range(FIFTHS + 1):
+            near = min(self.found, key=lambda row: abs(row[0] - self._count * fifth / FIFTHS))
+            rows.append(f"{near[0]:9} {near[1]:10.1f} {near[2]:10.1f}")
+        return "\n".join(rows)
+
+
+def deaths(client: httpx.Client) -> int:
+    """How often processes of models died."""
+    found = re.findall(r"^slmops_model_deaths_total\{.*\} (\S+)$", client.get("/metrics").text, re.M)
+    return int(sum(map(float, found)))
 
 
 def main() -> int:
@@ -172,11 +223,26 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dialect", choices=("openai", "ollama"), default="openai")
+    parser.add_argument(
+        "--pid", type=int, help="process of the server: its memory is looked at, and that of its models"
+    )
     options = parser.parse_args()
+    memory = Memory(options.pid, options.count) if options.pid else None
     with httpx.Client(base_url=options.url, timeout=120) as client:
-        codes, faults = fuzz(client, options.model, options.count, options.seed, options.dialect)
-        there = client.get("/readyz").status_code
-    print(json.dumps({"codes": codes, "ready": there, "faults": faults[:20]}, indent=2))
+        before = deaths(client)
+        take = memory.take if memory else None
+        codes, faults = fuzz(client, options.model, options.count, options.seed, options.dialect, take)
+        there, died = client.get("/readyz").status_code, deaths(client) - before
+    if died:
+        faults.append(f"{died} processes of models died")
+    if memory:
+        memory.take(options.count)
+        print(memory.table(), file=sys.stderr)
+        for index, name in ((1, "server"), (2, "models")):
+            if (grown := memory.growth(index)) > GROWTH_MB:
+                faults.append(f"the memory of the {name} grew by {grown:.1f} MB in the last two fifths")
+    found = {"codes": codes, "ready": there, "faults": faults[:20], "memory": memory.found if memory else None}
+    print(json.dumps(found, indent=2 if memory is None else None))
     return 1 if faults or there != 200 else 0
 
 

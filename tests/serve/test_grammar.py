@@ -190,6 +190,12 @@ def test_what_cannot_be_held_to_is_refused_by_name(grammars: Grammars, schema: A
     assert "start:" not in refused.value.message
 
 
+def test_where_the_reader_of_grammars_stops_its_own_words_are_told_to_nobody(grammars: Grammars) -> None:
+    with pytest.raises(GrammarError) as refused:
+        grammars.limit(of_schema({"required": "é" * 60}))
+    assert "panic" not in refused.value.message and "byte" not in refused.value.message
+
+
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA, PLAIN], ids=lambda form: form.name)
 @pytest.mark.parametrize("many", [True, False])
 def test_who_must_call_can_say_nothing_else(grammars: Grammars, form: Format, many: bool) -> None:

@@ -44,6 +44,7 @@ FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{
 LIMITS = {"max_grammar_size": 50_000, "initial_lexer_fuel": 500_000}
 """So large a grammar takes seconds to read at most; no larger one is."""
 FAILED = "the grammar cannot be followed"
+UNREADABLE = "the grammar cannot be read"
 SLOW_S = 0.0002
 """After a mask that took longer, the next one is worked out on the other thread."""
 
@@ -265,7 +266,9 @@ class Reading:
 
 
 def _first_line(text: str) -> str:
-    """What of an error of llguidance says something to people: not the grammar, nor the state of its parser."""
+    """What of an error of llguidance says something to people: not the grammar, nor the state of its parser, nor where its code stopped."""
+    if text.startswith("panic: "):
+        return UNREADABLE
     lines = [re.sub(r"^at \d+\(\d+\): ", "", line.strip()) for line in text.split("<state>")[0].splitlines()]
     said = [line for line in lines if line.strip(" ^") and not re.match(r"\d+ \|", line)]
-    return " ".join(said)[:400] or "the grammar cannot be read"
+    return " ".join(said)[:400] or UNREADABLE
