@@ -18,6 +18,7 @@ from slmops.serve.definitions import Definition, Definitions
 from slmops.serve.dialects.body import check_numbers
 from slmops.serve.dialects.ollama import Ollama
 from slmops.serve.dialects.ollama_shapes import Clock, Generate
+from slmops.serve.dialects.openai.responses import Kept
 from slmops.serve.gate import Rules, State
 from slmops.serve.keys import Keys, make, write
 from slmops.serve.pool import Found, Pool
@@ -163,3 +164,22 @@ def test_names_that_no_file_can_have_are_unknown(tmp_path: Path) -> None:
 
 def test_half_a_character_is_the_replacement() -> None:
     assert whole("a\ud83d\ude00b") == "a😀b" and whole("a\ud83db\ude00") == "a\ufffdb\ufffd" and whole("aü😀") == "aü😀"
+
+
+def test_kept_responses_take_little_more_memory_than_they_say() -> None:
+    import tracemalloc
+
+    kept, most = Kept(1 << 20), 2 << 20
+    item = {"type": "output_text", "text": "a", "logprobs": [{"token": "a", "bytes": [1], "top_logprobs": []}] * 9}
+    told = json.dumps({"object": "response", "output": [{"type": "message", "content": [item]}]})
+    tracemalloc.start()
+    try:
+        for number in range(3000):
+            kept.keep(
+                {**json.loads(told), "id": str(number)}, [{"role": "user", "content": "x"}], [], {"role": "assistant"}
+            )
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept.response("0") is None and kept.response("2999") == {**json.loads(told), "id": "2999"}
+    assert held < most

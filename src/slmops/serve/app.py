@@ -51,6 +51,7 @@ def application(
     except ImportError as error:
         raise MissingExtraError("The server", "serve") from error
     from slmops.serve import admin
+    from slmops.serve.dialects.document import openapi
     from slmops.serve.dialects.ollama import Ollama
     from slmops.serve.dialects.openai import OpenAi
     from slmops.serve.metrics import Metrics
@@ -73,6 +74,10 @@ def application(
 
     async def measured(request: Request) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def described(request: Request) -> Response:
+        told = not keyed or records.current().key
+        return JSONResponse(openapi(next(iter(pool.names if told else ()), "model")))
 
     async def missing(request: Request, failure: Exception) -> Response:
         status = int(getattr(failure, "status_code", 404))
@@ -103,7 +108,7 @@ def application(
         Route("/v1/responses", openai.responses, methods=["POST"]),
         Route("/v1/responses/{id}", openai.response, methods=["GET", "DELETE"]),
         Route("/v1/responses/{id}/input_items", openai.response_input),
-        Route("/openapi.json", openai.document),
+        Route("/openapi.json", described),
     ]
     if rules is None or rules.admin:
         routes += admin.routes(

@@ -1,107 +1,125 @@
-"""`/openapi.json`: the routes as an OpenAPI 3.1 document, made from the types that read the requests."""
+"""OpenAI's routes in the document; see `slmops.serve.dialects.openapi`."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
-
-from slmops import __version__
 from slmops.serve.dialects.openai.response_types import Respond
 from slmops.serve.dialects.openai.types import Chat, Completion, Embedding
+from slmops.serve.dialects.openapi import (
+    ANY,
+    BOOLEAN,
+    EVENTS,
+    NUMBER,
+    TEXT,
+    WHOLE,
+    list_of,
+    or_null,
+    requests,
+    route,
+    shape,
+)
 
-TEXT, WHOLE, ANY = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "object"}
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    """All of these, and maybe more."""
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _list(of: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": of}
-
-
-ERROR = _object(error=_object(message=TEXT, type=TEXT, param=_or_null(TEXT), code=_or_null(TEXT)))
+ERROR = shape(error=shape(message=TEXT, type=TEXT, param=or_null(TEXT), code=or_null(TEXT)))
 FINISH = {"enum": ["stop", "length", "tool_calls"]}
-USAGE = _object(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE)
-CARD = _object(id=TEXT, object={"const": "model"}, created=WHOLE, owned_by=TEXT)
-CALL = _object(id=TEXT, type={"const": "function"}, function=_object(name=TEXT, arguments=TEXT))
-MESSAGE = _object(role={"const": "assistant"}, content=_or_null(TEXT))
-MESSAGE["properties"]["tool_calls"] = _list(CALL)
+USAGE = shape(
+    prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE, prompt_tokens_details=shape(cached_tokens=WHOLE)
+)
+CARD = shape(id=TEXT, object={"const": "model"}, created=WHOLE, owned_by=TEXT)
+CALL = shape(id=TEXT, type={"const": "function"}, function=shape(name=TEXT, arguments=TEXT))
+MESSAGE = shape(role={"const": "assistant"}, content=or_null(TEXT), refusal={"type": "null"})
+MESSAGE["properties"]["tool_calls"] = list_of(CALL)
+LIKELY = shape(token=TEXT, logprob=NUMBER, bytes=or_null(list_of(WHOLE)))
+TOLD = {**LIKELY, "properties": {**LIKELY["properties"], "top_logprobs": list_of(LIKELY)}}
+TOKENS = shape(
+    tokens=list_of(TEXT), token_logprobs=list_of(NUMBER), text_offset=list_of(WHOLE),
+    top_logprobs=list_of({"type": "object", "additionalProperties": NUMBER}),
+)  # fmt: skip
+ITEM = {
+    "anyOf": [
+        shape(
+            id=TEXT, type={"const": "message"}, role={"const": "assistant"}, status={"enum": ["completed", "incomplete"]},
+            content=list_of(shape(type={"const": "output_text"}, text=TEXT, annotations=list_of(ANY), logprobs=list_of(TOLD))),
+        ),
+        shape(
+            id=TEXT, type={"const": "function_call"}, call_id=TEXT, name=TEXT, arguments=TEXT,
+            status={"enum": ["completed", "incomplete"]},
+        ),
+    ]
+}  # fmt: skip
 ANSWERS: dict[str, dict[str, Any]] = {
-    "ChatAnswer": _object(
+    "ChatAnswer": shape(
         id=TEXT, object={"const": "chat.completion"}, created=WHOLE, model=TEXT, usage=USAGE,
-        choices=_list(_object(index=WHOLE, message=MESSAGE, finish_reason=FINISH, logprobs=_or_null(ANY))),
+        choices=list_of(shape(
+            index=WHOLE, message=MESSAGE, finish_reason=FINISH,
+            logprobs=or_null(shape(content=list_of(TOLD), refusal={"type": "null"})),
+        )),
     ),
-    "CompletionAnswer": _object(
+    "CompletionAnswer": shape(
         id=TEXT, object={"const": "text_completion"}, created=WHOLE, model=TEXT, usage=USAGE,
-        choices=_list(_object(index=WHOLE, text=TEXT, finish_reason=FINISH, logprobs=_or_null(ANY))),
+        choices=list_of(shape(index=WHOLE, text=TEXT, finish_reason=FINISH, logprobs=or_null(TOKENS))),
     ),
-    "EmbeddingAnswer": _object(
-        object={"const": "list"}, model=TEXT, usage=_object(prompt_tokens=WHOLE, total_tokens=WHOLE),
-        data=_list(_object(object={"const": "embedding"}, index=WHOLE, embedding={"anyOf": [TEXT, _list({"type": "number"})]})),
+    "EmbeddingAnswer": shape(
+        object={"const": "list"}, model=TEXT, usage=shape(prompt_tokens=WHOLE, total_tokens=WHOLE),
+        data=list_of(shape(object={"const": "embedding"}, index=WHOLE, embedding={"anyOf": [TEXT, list_of(NUMBER)]})),
     ),
-    "Response": _object(
+    "Response": shape(
         id=TEXT, object={"const": "response"}, created_at=WHOLE, model=TEXT, status={"enum": ["completed", "incomplete"]},
-        output=_list(_object(id=TEXT, type={"enum": ["message", "function_call"]})), usage=_or_null(ANY),
+        error={"type": "null"}, incomplete_details=or_null(shape(reason={"const": "max_output_tokens"})), output=list_of(ITEM),
+        usage=shape(input_tokens=WHOLE, output_tokens=WHOLE, total_tokens=WHOLE), tools=list_of(ANY), store=BOOLEAN,
+        previous_response_id=or_null(TEXT), metadata={"type": "object", "additionalProperties": TEXT},
     ),
-    "Models": _object(object={"const": "list"}, data=_list(CARD)),
+    "Models": shape(object={"const": "list"}, data=list_of(CARD)),
     "Model": CARD,
-    "Deleted": _object(id=TEXT, deleted={"const": True}),
-    "Items": _object(object={"const": "list"}, data=_list(ANY), has_more={"type": "boolean"}),
+    "Deleted": shape(id=TEXT, object={"const": "response"}, deleted={"const": True}),
+    "Items": shape(
+        object={"const": "list"}, data=list_of(shape(id=TEXT, type=TEXT)), first_id=or_null(TEXT), last_id=or_null(TEXT),
+        has_more={"const": False},
+    ),
     "Error": ERROR,
 }  # fmt: skip
-FAILURES = {"400": "the request is wrong", "404": "there is no such model or response", "413": "the body is too large",
-            "500": "the model failed", "503": "there is no room at the moment; see Retry-After"}  # fmt: skip
 
 
-def _of(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
+def schemas() -> dict[str, Any]:
+    """Of requests and answers."""
+    return {**requests((Chat, Completion, Embedding, Respond)), **ANSWERS}
 
 
-def _route(
-    summary: str, answer: str, body: str | None = None, path: str | None = None, stream: bool = False
-) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": _of(answer)}}
-    if stream:
-        content["text/event-stream"] = {"schema": TEXT}
-    failures = {code: said for code, said in FAILURES.items() if body or code == "404"}
-    made: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "the answer", "content": content}}}
-    for code, said in failures.items():
-        made["responses"][code] = {"description": said, "content": {"application/json": {"schema": _of("Error")}}}
-    if body:
-        made["requestBody"] = {"required": True, "content": {"application/json": {"schema": _of(body)}}}
-    if path:
-        made["parameters"] = [
-            {"name": path, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        ]
-    return made
+def paths(model: str) -> dict[str, Any]:
+    """The routes, with examples for a model."""
 
+    def post(id: str, summary: str, answer: str, body: str, stream: bool = True, **example: Any) -> dict[str, Any]:
+        links = {"get": "getResponse", "items": "listInputItems", "forget": "deleteResponse"}
+        return {
+            "post": route(
+                id, summary, answer, "Error", body=body, stream=EVENTS if stream else "", example={"model": model, **example},
+                links=links if body == "Respond" else None,
+            )
+        }  # fmt: skip
 
-@cache
-def openapi() -> dict[str, Any]:
-    """The document."""
-    kinds = [(kind, "validation") for kind in (Chat, Completion, Embedding, Respond)]
-    _, made = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-    kept = _route("A response that was kept", "Response", path="id")
+    hello = [{"role": "user", "content": "hello"}]
     return {
-        "openapi": "3.1.0",
-        "info": {"title": "slmops serve", "version": __version__},
-        "components": {"schemas": {**made["$defs"], **ANSWERS}},
-        "paths": {
-            "/v1/models": {"get": _route("The models", "Models")},
-            "/v1/models/{name}": {"get": _route("A model", "Model", path="name")},
-            "/v1/chat/completions": {"post": _route("Answer a conversation", "ChatAnswer", "Chat", stream=True)},
-            "/v1/completions": {"post": _route("Go on with a text", "CompletionAnswer", "Completion", stream=True)},
-            "/v1/embeddings": {"post": _route("Vectors of texts", "EmbeddingAnswer", "Embedding")},
-            "/v1/responses": {"post": _route("Answer, and keep the answer", "Response", "Respond", stream=True)},
-            "/v1/responses/{id}": {"get": kept, "delete": _route("Forget a response", "Deleted", path="id")},
-            "/v1/responses/{id}/input_items": {"get": _route("What was asked", "Items", path="id")},
+        "/v1/models": {"get": route("listModels", "The models", "Models", "Error")},
+        "/v1/models/{name}": {
+            "get": route("getModel", "A model", "Model", "Error", path="name", example={"example": model})
+        },
+        "/v1/chat/completions": post(
+            "createChatCompletion", "Answer a conversation", "ChatAnswer", "Chat", messages=hello, max_tokens=16
+        ),
+        "/v1/completions": post(
+            "createCompletion", "Go on with a text", "CompletionAnswer", "Completion", prompt="hello", max_tokens=16
+        ),
+        "/v1/embeddings": post(
+            "createEmbedding", "Vectors of texts", "EmbeddingAnswer", "Embedding", stream=False, input="hello"
+        ),
+        "/v1/responses": post(
+            "createResponse", "Answer, and keep the answer", "Response", "Respond", input="hello", max_output_tokens=16
+        ),
+        "/v1/responses/{id}": {
+            "get": route("getResponse", "A response that was kept", "Response", "Error", path="id"),
+            "delete": route("deleteResponse", "Forget a response", "Deleted", "Error", path="id"),
+        },
+        "/v1/responses/{id}/input_items": {
+            "get": route("listInputItems", "What was asked", "Items", "Error", path="id")
         },
     }

@@ -28,39 +28,42 @@ Event = dict[str, Any]
 
 
 class Kept:
-    """The last responses, each for the key alone that asked for it."""
+    """The last responses, each for the key alone that asked for it. They are kept as JSON, which takes a fraction of what it says."""
 
     def __init__(self, most: int = MOST_BYTES) -> None:
         self._most, self._bytes = most, 0
-        self._all: OrderedDict[tuple[str, str], tuple[dict[str, Any], list[Event], list[Event], int]] = OrderedDict()
+        self._all: OrderedDict[tuple[str, str], bytes] = OrderedDict()
 
     def keep(self, response: dict[str, Any], before: Sequence[Event], input: Sequence[Event], answer: Event) -> None:
         """A response, the turns that led to it and the turn that it is; the oldest are forgotten for it."""
-        whole = turns([*before, answer])
-        size = len(json.dumps([response, whole, list(input)]))
-        self._all[_own(response["id"])] = (response, whole, list(input), size)
-        self._bytes += size
+        row = json.dumps([response, turns([*before, answer]), list(input)], separators=(",", ":")).encode()
+        self._all[_own(response["id"])] = row
+        self._bytes += len(row)
         while self._bytes > self._most:
-            self._bytes -= self._all.popitem(last=False)[1][3]
+            self._bytes -= len(self._all.popitem(last=False)[1])
 
     def forget(self, id: str) -> None:
         """One that is there."""
-        self._bytes -= self._all.pop(_own(id))[3]
+        self._bytes -= len(self._all.pop(_own(id)))
 
     def response(self, id: str) -> dict[str, Any] | None:
         """As it was told."""
-        found = self._all.get(_own(id))
-        return found[0] if found else None
+        found: dict[str, Any] | None = self._part(id, 0)
+        return found
 
     def turns(self, id: str) -> list[dict[str, Any]] | None:
         """All that was said up to its end."""
-        found = self._all.get(_own(id))
-        return list(found[1]) if found else None
+        found: list[dict[str, Any]] | None = self._part(id, 1)
+        return found
 
     def input(self, id: str) -> list[dict[str, Any]] | None:
         """What it was asked with."""
-        found = self._all.get(_own(id))
-        return found[2] if found else None
+        found: list[dict[str, Any]] | None = self._part(id, 2)
+        return found
+
+    def _part(self, id: str, part: int) -> Any:
+        row = self._all.get(_own(id))
+        return None if row is None else json.loads(row)[part]
 
 
 def _own(id: str) -> tuple[str, str]:

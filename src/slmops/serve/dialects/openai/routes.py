@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from slmops.errors import SlmopsError
 from slmops.serve.dialects.adopt import adopted, bounded, stops_of
-from slmops.serve.dialects.openai import document, embeddings
+from slmops.serve.dialects.openai import embeddings
 from slmops.serve.dialects.openai.answers import Answer, Shape, events, together, unless_gone, usage_of
 from slmops.serve.dialects.openai.chat import ChatShape
 from slmops.serve.dialects.openai.errors import error, of
@@ -36,10 +36,6 @@ class OpenAi:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._kept = Kept()
-
-    async def document(self, request: Request) -> Response:
-        """`/openapi.json`."""
-        return JSONResponse(document.openapi())
 
     async def models(self, request: Request) -> Response:
         """`/v1/models`."""
