@@ -24,7 +24,14 @@ import httpx
 
 from soak import resident, workers
 
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", None]}}, "required": ["a"]}
+SCHEMA = {
+    "type": "object", "required": ["a"], "additionalProperties": False,
+    "properties": {
+        "a": {"type": "integer", "minimum": -5, "maximum": 5}, "b": {"enum": ["x", None]}, "c": {"type": "integer", "const": 1},
+        "d": {"type": "string", "pattern": "a+", "maxLength": 9}, "e": {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/f"}]}},
+    },
+    "$defs": {"f": {"type": "string", "format": "date"}},
+}  # fmt: skip
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 GOOD: list[tuple[str, dict[str, Any]]] = [

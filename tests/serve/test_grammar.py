@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -191,9 +192,33 @@ def test_what_cannot_be_held_to_is_refused_by_name(grammars: Grammars, schema: A
 
 
 def test_where_the_reader_of_grammars_stops_its_own_words_are_told_to_nobody(grammars: Grammars) -> None:
+    text = "start: %json " + json.dumps({"required": "é" * 60})
     with pytest.raises(GrammarError) as refused:
-        grammars.limit(of_schema({"required": "é" * 60}))
+        grammars.limit(text)
     assert "panic" not in refused.value.message and "byte" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "integer", "const": -(2**70)}, "const of the schema is below"), ({"enum": [[{"a": -(2**63)}]]}, "enum"),
+        ({"type": "integer", "minimum": -(2**64), "maximum": -(2**63)}, "maximum"),
+        ({"properties": {"a": {"items": {"exclusiveMaximum": -1e300}}}}, "exclusiveMaximum of the schema.properties.a.items"),
+        ({"required": "é" * 60}, "required of the schema is not a list of texts"), ({"anyOf": [{"type": 5}]}, "anyOf.0"),
+        ({"properties": {"required": {"required": ["é" * 60, 1]}}}, "properties.required"), ({"items": ["é" * 60]}, "items.0"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_would_end_who_reads_it_is_refused_before(schema: Any, named: str) -> None:
+    with pytest.raises(GrammarError, match=re.escape(named)):
+        of_schema(schema)
+
+
+def test_bounds_of_53_bits_are_held_to(grammars: Grammars) -> None:
+    text = of_schema({"type": "integer", "minimum": -(2**53), "maximum": 2**53})
+    assert says(grammars, text, "-5") and says(grammars, text, str(2**53)) and not says(grammars, text, str(2**53 + 1))
+    assert says(
+        grammars, of_schema({"properties": {"maximum": {"type": "integer"}}, "type": "object"}), '{"maximum": 5}'
+    )
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA, PLAIN], ids=lambda form: form.name)

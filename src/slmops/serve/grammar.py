@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from slmops.engines.gguf_tokenizer import GgufTokenizer, tokenizer_place
 from slmops.errors import MissingExtraError, SlmopsError
 from slmops.serve.scheduler import GrammarError
+from slmops.serve.schemas import check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,12 @@ def of_schema(schema: Mapping[str, Any] | bool) -> str:
 
 
 def json_rule(schema: Mapping[str, Any] | bool) -> str:
-    """A schema as a part of a rule in Lark."""
+    """A schema as a part of a rule in Lark.
+
+    Raises:
+        GrammarError: it is no schema.
+    """
+    check(schema)
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     return f"%json {json.dumps({**_readable(schema), 'x-guidance': SPACING})}"

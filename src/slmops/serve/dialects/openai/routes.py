@@ -77,7 +77,7 @@ class OpenAi:
         try:
             said = saying(model.tokenizer, choice.tools, schema, may=may, must=choice.must, many=choice.many)
         except SlmopsError as failure:
-            return of(failure, "tools")
+            return of(failure, "tools", "tools" if choice.tools else "response_format")
         try:
             wanted = adopted(wanted, definition)
             prompt = await written(found, wanted.turns(), said.tools)
@@ -177,7 +177,7 @@ class OpenAi:
             schema = wanted.schema_of
             said = saying(model.tokenizer, choice.tools, schema, may=may, must=choice.must, many=choice.many)
         except SlmopsError as failure:
-            return of(failure, "tools")
+            return of(failure, "tools", "tools" if choice.tools else "text")
         try:
             wanted = adopted(wanted, definition)
             turns = before + wanted.turns()
