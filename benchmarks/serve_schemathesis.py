@@ -26,11 +26,13 @@ NAMES = {
 
 @schemathesis.hook
 def map_body(context: Any, body: Any) -> Any:
-    """A body with names that are known."""
+    """A body with names that are known, whose answer is kept."""
     if isinstance(body, dict):
         for field, name in NAMES.get(context.operation.path, {"model": MODEL}).items():
             if isinstance(body.get(field), str):
                 body[field] = name
+        if body.get("store") is False:  # it would be missed afterwards, when it is asked for
+            body["store"] = True
     return body
 
 
