@@ -66,9 +66,14 @@ def test_an_answer_that_is_wanted_whole_is_told_at_its_beginning_and_its_end() -
     assert lines[1:-1] == [[(2, 100 + n)] for n in range(1, 9)]
 
 
-def test_a_long_answer_is_not_one_line() -> None:
-    lines = told([(0.02 * n, [(1, n, None)]) for n in range(3000)], whole=[1])
-    assert [len(line) for line in lines] == [1, 1024, 1024]
+def test_of_a_long_answer_that_is_wanted_whole_it_is_told_seldom() -> None:
+    """So that what was written is known when it is left, and no line has all of it."""
+    lines = told([(0.002 * n, [(1, n, None), (2, n, None)]) for n in range(1000)], whole=[1])
+    for id in (1, 2):
+        tokens = [token for line in lines for own, token in line if own == id]
+        assert tokens == list(range(len(tokens))) and len(tokens) > 850
+    assert sum(any(id == 1 for id, _ in line) for line in lines) == 8
+    assert sum(any(id == 2 for id, _ in line) for line in lines) > 150
 
 
 def test_steps_that_take_long_are_told_one_by_one() -> None:

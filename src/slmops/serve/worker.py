@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,8 +26,8 @@ from slmops.serve.scheduler import GrammarError, Progress, Request, RequestError
 
 Say = Callable[[dict[str, Any]], None]
 FEW = 4
-MANY = 1024
-"""Tokens of an answer that are held back at most."""
+SELDOM_S = 0.25
+"""How often it is told what came of an answer that nobody needs to hear, for what is counted if it is left."""
 PIPE_BYTES = 1 << 20
 """What the pipe to the server holds, so that the model does not wait for it."""
 
@@ -101,14 +101,14 @@ class Teller:
         self._rows: dict[int, list[list[Any]]] = {}
         """By answer that has begun, those that are not told yet."""
         self._whole: set[int] = set()
-        self._told = clock()
+        self._told = self._told_all = clock()
 
     def hold(self, id: int) -> None:
         """An answer of which nobody needs to hear between its first token and its last."""
         self._whole.add(id)
 
-    def add(self, found: Iterable[Progress]) -> None:
-        """Tokens of a step."""
+    def add(self, found: Iterable[Progress], began: Sequence[tuple[int, float]] = ()) -> None:
+        """Tokens of a step, and which answers got a row in it, each with the seconds that it had waited."""
         now: list[list[Any]] = []
         for progress in found:
             rows = self._rows.get(progress.id)
@@ -121,14 +121,17 @@ class Teller:
                 rows.append(row_of(progress))
         when = self._clock()
         if when - self._told >= self._every:
-            heard = [rows for id, rows in self._rows.items() if id not in self._whole or len(rows) >= MANY]
+            everyone = when - self._told_all >= SELDOM_S
+            heard = [rows for id, rows in self._rows.items() if everyone or id not in self._whole]
             if when - self._told >= self._every * len(heard) / FEW:
                 self._told = when
+                self._told_all = when if everyone else self._told_all
                 for rows in heard:
                     now += rows
                     rows.clear()
-        if now:
-            self._say({"tokens": now})
+        line = ({"began": began} if began else {}) | ({"tokens": now} if now else {})
+        if line:
+            self._say(line)
 
     def forget(self, id: int) -> None:
         """An answer that has ended, or that nobody wants any more."""
@@ -143,7 +146,7 @@ def run(
 
     A command is `{"ask": {id, prompt, most, how, ignore_end, grammar, adapter, whole}}`, `{"embed": {id, prompts, adapter}}` or
     `{"cancel": id}`. What is said: `{"tokens": [[id, token, finish, cached, logprob, likely], …]}`, those of one answer one after the
-    other (see `Teller`); before the first of an answer `{"began": [[id, seconds until it had a row], …]}`; `{"embedded": [id, which
+    other (see `Teller`); before or with the first of an answer `{"began": [[id, seconds until it had a row], …]}`; `{"embedded": [id, which
     prompt, vector]}`; and `{"refused": id, "why": text, "hint": text, "busy": whether it may be asked again, "asked": whether the request
     was wrong, "grammar": whether that is why}`, which may also come in the middle of an answer.
     """
@@ -189,10 +192,9 @@ def run(
                 )
         now = time.perf_counter()
         found = scheduler.step()
-        if scheduler.admitted:
-            say({"began": [[id, max(0.0, now - asked_at.pop(id, now))] for id in scheduler.admitted]})
-        if found:
-            teller.add(progress for progress in found if progress.finish != "failed")
+        began = [(id, max(0.0, now - asked_at.pop(id, now))) for id in scheduler.admitted]
+        if found or began:
+            teller.add([progress for progress in found if progress.finish != "failed"], began)
         for progress in found:
             if progress.finish == "failed":
                 teller.forget(progress.id)
