@@ -11,7 +11,9 @@ from slmops.engines.plain_tokenizer import PlainTokenizer
 
 UNFINISHED = "\ufffd"
 KEEP = 4
-"""Pieces before a piece that are decoded with it: what a token says can depend on the one before."""
+"""Pieces before a piece that are decoded with it at the least: what a token says can depend on the one before."""
+MOST = 8
+"""Pieces that are decoded together at the most."""
 
 
 class Stream:
@@ -24,8 +26,11 @@ class Stream:
     def __init__(self, tokenizer: PlainTokenizer, shown: Collection[int] = ()) -> None:
         self._tokenizer, self._shown = tokenizer, frozenset(shown)
         self._ids: list[int] = []
+        """The last ones, at which decoding begins."""
         self._ends = [0]
-        """Counts of tokens at which text was told, so that never a part of a character is decoded without the rest."""
+        """Places among them at which text was told, so that never a part of a character is decoded without the rest."""
+        self._told = ""
+        """Their text up to the last of these places."""
 
     def add(self, *tokens: int) -> str:
         """What these tokens add, without a character that is not whole yet."""
@@ -35,26 +40,36 @@ class Stream:
 
     def _show(self, token: int) -> str:
         before = self.rest()
-        self._ids, self._ends = [], [0]
+        self._ids, self._ends, self._told = [], [0], ""
         return before + self._tokenizer.token(token)
 
     def _add(self, tokens: Sequence[int]) -> str:
         self._ids += tokens
-        before, now = self._around()
-        if now.endswith(UNFINISHED) or not now.startswith(before):
+        now = self._tokenizer.decode(self._ids)
+        if now.endswith(UNFINISHED) or not now.startswith(self._told):
             return ""
-        self._ends = [*self._ends[-KEEP:], len(self._ids)]
-        return now[len(before) :]
+        added = now[len(self._told) :]
+        self._tell(now)
+        return added
 
     def rest(self) -> str:
         """What has not been told when there are no more tokens: of a broken character its replacement."""
-        before, now = self._around()
-        self._ends.append(len(self._ids))
-        return now[len(before) :]
+        if self._ends[-1] == len(self._ids):
+            return ""
+        now = self._tokenizer.decode(self._ids)
+        added = now[len(self._told) :]
+        self._tell(now)
+        return added
 
-    def _around(self) -> tuple[str, str]:
-        begin, told, decode = self._ends[0], self._ends[-1], self._tokenizer.decode
-        return decode(self._ids[begin:told]), decode(self._ids[begin:])
+    def _tell(self, now: str) -> None:
+        """All tokens are told, of which this is the text. The first pieces are dropped where they have become many."""
+        self._ends.append(len(self._ids))
+        self._told = now
+        if len(self._ends) > MOST:
+            begin = self._ends[-KEEP - 1]
+            self._ids = self._ids[begin:]
+            self._ends = [end - begin for end in self._ends[-KEEP - 1 :]]
+            self._told = self._tokenizer.decode(self._ids)
 
 
 class Stop:
