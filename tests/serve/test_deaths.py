@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from slmops.errors import ModelError, ResourceError
 from slmops.serve import model as served
 from slmops.serve.model import Ask, Model, Settings
+from slmops.serve.process import Process
 from tests.serve.test_worker import Clock
 
 READY = {"ready": {"context": 64, "vocabulary": 300, "threads": 1}}
@@ -25,51 +27,50 @@ async def turns() -> None:
         await pause(0)
 
 
-class Process:
+class Fake(Process):
     """Says what it is told to, and ends when it is told to."""
 
     pid = 1
+    returncode: int | None = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        self.stdin, self.stdout = self, asyncio.StreamReader()
-        self.returncode: int | None = None
+        super().__init__()
+        self._transport = Mock()
         self.asked: list[Any] = []
-        self._gone = asyncio.Event()
 
     def write(self, line: bytes) -> None:
         self.asked.append(json.loads(line))
 
     def say(self, line: dict[str, Any]) -> None:
         if self.returncode is None:
-            self.stdout.feed_data(json.dumps(line).encode() + b"\n")
+            self.pipe_data_received(1, json.dumps(line).encode() + b"\n")
 
     def close(self) -> None:
         self.kill()
 
     def kill(self) -> None:
         if self.returncode is None:
-            self.stdout.feed_eof()
+            self.silent()
             self.gone()
+
+    def silent(self) -> None:
+        self.pipe_connection_lost(1, None)
 
     def gone(self) -> None:
         self.returncode = -9
-        self._gone.set()
-
-    async def wait(self) -> int:
-        await self._gone.wait()
-        return -9
+        self.process_exited()
 
 
 class World:
     """The processes in the order in which they were started, and a clock that goes on when pauses end."""
 
     def __init__(self) -> None:
-        self.processes: list[Process] = []
+        self.processes: list[Fake] = []
         self.clock, self.awake = Clock(), asyncio.Event()
         self.model = Model(Settings(Path("none"), "tiny"), clock=self.clock)
 
-    async def start(self, *command: str, **more: Any) -> Process:
-        self.processes.append(Process())
+    async def start(self, command: Sequence[str]) -> Fake:
+        self.processes.append(Fake())
         return self.processes[-1]
 
     async def sleep(self, seconds: float) -> None:
@@ -79,7 +80,7 @@ class World:
             self.clock.now += seconds
         await pause(0)
 
-    async def load(self) -> Process:
+    async def load(self) -> Fake:
         """Start the model."""
         loading = asyncio.create_task(self.model.start())
         await turns()
@@ -97,7 +98,7 @@ def using(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[World], Awaita
     def run(work: Callable[[World], Awaitable[None]]) -> None:
         async def main() -> None:
             world = World()
-            monkeypatch.setattr(asyncio, "create_subprocess_exec", world.start)
+            monkeypatch.setattr(Process, "start", world.start)
             monkeypatch.setattr(asyncio, "sleep", world.sleep)
             await work(world)
             await world.model.stop()
@@ -121,7 +122,7 @@ Using = Callable[[Callable[[World], Awaitable[None]]], None]
 def test_a_request_while_a_process_ends_starts_no_second_one(using: Using) -> None:
     async def work(world: World) -> None:
         first = await world.load()
-        first.stdout.feed_eof()
+        first.silent()
         await turns()
         assert not world.model.ready and first.returncode is None, "it is about to end"
         asked = asyncio.create_task(anext(world.model.answer(Ask([7, 8]))))
@@ -232,11 +233,11 @@ def test_a_process_that_cannot_be_started_is_said_and_not_tried_without_a_pause(
     async def work(world: World) -> None:
         first, tries = await world.load(), []
 
-        async def fail(*command: str, **more: Any) -> Process:
+        async def fail(command: Sequence[str]) -> Fake:
             tries.append(command)
             raise OSError("no memory")
 
-        monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+        monkeypatch.setattr(Process, "start", fail)
         first.kill()
         await turns()
         assert len(tries) == 1, "the next one waits"

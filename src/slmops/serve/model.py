@@ -24,13 +24,15 @@ from slmops.engines.gguf_tokenizer import tokenizer_of
 from slmops.errors import ModelError, ResourceError
 from slmops.serve.adapters import find_adapters
 from slmops.serve.engines import kind_of
+from slmops.serve.mailbox import Mailbox
+from slmops.serve.process import Process
 from slmops.serve.record import Told, Watch, remind, watching, within
 from slmops.serve.refusals import DeadlineError
 from slmops.serve.sampling import Picking
 from slmops.serve.scheduler import GrammarError, RequestError, check_adapter, check_length
 from slmops.serve.text import Stop, Stream
 
-LONGEST_LINE = 1 << 24
+_json = json.JSONEncoder(separators=(",", ":")).encode
 PLAIN = asdict(Picking())
 PATIENCE_S = 30.0
 HEALTHY_S = 300.0
@@ -161,18 +163,18 @@ class Model:
         self.answer_s: float | None = None
         self._wanted = 0
         self._changing = asyncio.Lock()
-        self._ending: asyncio.subprocess.Process | None = None
+        self._ending: Process | None = None
         self.engine = kind_of(s.folder, s.engine)
         self.tokenizer = tokenizer_of(s.folder, "serve")
         self.adapters = find_adapters(s.folder, self.engine, s.adapters)
         self.context_length = self.vocabulary = self.threads = 0
         self.deaths = 0
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | None = None
         self._loading: asyncio.Task[None] | None = None
         self._reviving: asyncio.Task[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._ids = itertools.count(1)
-        self._open: dict[int, asyncio.Queue[Any]] = {}
+        self._open: dict[int, Mailbox[Any]] = {}
         self._watches: dict[int, Watch] = {}
         self.told = Told()
         self._again = self._since = 0.0
@@ -297,22 +299,19 @@ class Model:
             self.load_s, self.used = self.clock() - begun, self.clock()
 
     async def _load(self) -> None:
-        command, pipe, s = [sys.executable, "-m", "slmops.serve.worker"], asyncio.subprocess.PIPE, self.settings
+        s = self.settings
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=pipe, stdout=pipe, limit=LONGEST_LINE, start_new_session=True
-            )
+            process = await Process.start([sys.executable, "-m", "slmops.serve.worker"])
         except OSError as error:
             self._died()
             raise ModelError(
                 f"no process could be started for the model {s.name}: {error}", "try again later"
             ) from error
         self._process = process
-        assert process.stdout is not None
         try:
             order = {**asdict(s), "engine": self.engine, "adapters": self.adapters}
             self._write(json.loads(json.dumps(order, default=str)))
-            line = await process.stdout.readline()
+            line = await process.first()
             first: dict[str, Any] = {"failed": f"the process of {s.name} died while it loaded the model"}
             if line:
                 first = json.loads(line)
@@ -320,7 +319,7 @@ class Model:
                 raise ModelError(first["failed"], first.get("hint", ""))
         except BaseException as error:
             self._process = None
-            _kill(process)
+            process.kill()
             await process.wait()
             if not self._stopped:
                 self._died()
@@ -335,46 +334,49 @@ class Model:
         self._reader = asyncio.create_task(self._read(process))
 
     def _write(self, command: dict[str, Any]) -> None:
-        if self._process is None or self._process.stdin is None:
-            return
-        with contextlib.suppress(ConnectionError, RuntimeError):  # the reader finds out
-            self._process.stdin.write(json.dumps(command, separators=(",", ":")).encode() + b"\n")
+        if self._process is not None:
+            self._process.write(_json(command).encode() + b"\n")
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
+    async def _read(self, process: Process) -> None:
         why = f"the process of the model {self.settings.name} ended"
+
+        def hear(line: bytes) -> None:
+            nonlocal why
+            said = json.loads(line.decode())
+            self._hear(said)
+            why = said.get("failed", why)
+
         try:
-            while line := await process.stdout.readline():
-                said = json.loads(line)
-                for id, rows in itertools.groupby(said.get("tokens", ()), itemgetter(0)):
-                    if id in self._open:
-                        self._open[id].put_nowait(list(rows))
-                if "embedded" in said and said["embedded"][0] in self._open:
-                    self._open[said["embedded"][0]].put_nowait(said["embedded"])
-                for id, waited in said.get("began", ()):
-                    if id in self._watches:
-                        self._watches[id].started(waited)
-                if "refused" in said and said["refused"] in self._open:
-                    kinds = (("busy", ResourceError), ("grammar", GrammarError), ("asked", RequestError))
-                    kind = next((kind for mark, kind in kinds if said.get(mark)), ModelError)
-                    self._open[said["refused"]].put_nowait(kind(said["why"], said["hint"]))
-                if "failed" in said:
-                    why = said["failed"]
+            await process.follow(hear)
         except ValueError:  # a line that is no JSON, or too long
             why = f"the process of the model {self.settings.name} said what cannot be read"
-            _kill(process)
         finally:
             self.context_length = 0
             try:  # it has closed its output: it is about to end
                 await asyncio.wait_for(process.wait(), 1.0)
             except TimeoutError:
-                _kill(process)
+                process.kill()
                 await process.wait()
             for waiting in self._open.values():
-                waiting.put_nowait(ModelError(why, "ask again"))
+                waiting.put(ModelError(why, "ask again"))
             if not self._stopped and process is not self._ending:
                 self._died()
                 self._reviving = asyncio.create_task(self._revive())
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        """Hand on what the process says to those whom it is for."""
+        for id, rows in itertools.groupby(said.get("tokens", ()), itemgetter(0)):
+            if id in self._open:
+                self._open[id].put(list(rows))
+        if "embedded" in said and said["embedded"][0] in self._open:
+            self._open[said["embedded"][0]].put(said["embedded"])
+        for id, waited in said.get("began", ()):
+            if id in self._watches:
+                self._watches[id].started(waited)
+        if "refused" in said and said["refused"] in self._open:
+            kinds = (("busy", ResourceError), ("grammar", GrammarError), ("asked", RequestError))
+            kind = next((kind for mark, kind in kinds if said.get(mark)), ModelError)
+            self._open[said["refused"]].put(kind(said["why"], said["hint"]))
 
     async def _revive(self) -> None:
         """Load it again without being asked, as nobody asks a server that says it is not ready; until that succeeds. Who asks for the
@@ -461,7 +463,7 @@ class Model:
         if how.seed is None and how.temperature:
             how = replace(how, seed=secrets.randbits(63))
         id = next(self._ids)
-        found: asyncio.Queue[Any] = asyncio.Queue()
+        found: Mailbox[Any] = Mailbox()
         watch = watching(self.settings.name, len(prompt), self.told)
         self._open[id], self._watches[id], late, finish = found, watch, remind(found), None
         changed = {name: value for name, value in vars(how).items() if value != PLAIN[name]}
@@ -523,7 +525,7 @@ class Model:
         check_adapter(adapter, self.adapters)
         self._check_tokens(id for prompt in prompts for id in prompt)
         id = next(self._ids)
-        found: asyncio.Queue[Any] = asyncio.Queue()
+        found: Mailbox[Any] = Mailbox()
         watch = watching(self.settings.name, sum(map(len, prompts)), self.told)
         self._open[id], late = found, remind(found)
         vectors: list[list[float]] = []
@@ -571,12 +573,11 @@ class Model:
     async def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            if process.stdin is not None:
-                process.stdin.close()
+            process.close()
             try:
                 await asyncio.wait_for(process.wait(), PATIENCE_S)
             except TimeoutError:
-                _kill(process)
+                process.kill()
                 await process.wait()
             if self._reader is not None:
                 await self._reader
@@ -600,8 +601,3 @@ def piece_of(rows: Sequence[Sequence[Any]], stream: Stream, stop: Stop) -> Piece
 def _seen(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         task.exception()
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()

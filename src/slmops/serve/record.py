@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from slmops.errors import ResourceError
 from slmops.serve.limits import Account
+from slmops.serve.mailbox import Mailbox
 from slmops.serve.refusals import DeadlineError, LimitError
 
 GAPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -232,9 +233,9 @@ async def within(work: Coroutine[Any, Any, Done]) -> Done:
         raise too_late() from error
 
 
-def remind(found: asyncio.Queue[Any]) -> asyncio.TimerHandle | None:
-    """Put `too_late` into a queue when the request's time is over. Who calls this cancels it."""
+def remind(found: Mailbox[Any]) -> asyncio.TimerHandle | None:
+    """Put `too_late` into a mailbox when the request's time is over. Who calls this cancels it."""
     deadline = current().deadline
     if deadline is None:
         return None
-    return asyncio.get_running_loop().call_at(deadline, lambda: found.put_nowait(too_late()))
+    return asyncio.get_running_loop().call_at(deadline, lambda: found.put(too_late()))
