@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
@@ -116,6 +117,18 @@ def test_rows_queues_refusals_and_clients_that_leave(tmp_path: Path) -> None:
         == found[("slmops_requests_open",)]
         == 0
     )
+
+
+def test_who_leaves_an_answer_that_is_not_streamed_ends_it_and_what_was_written_is_counted(tmp_path: Path) -> None:
+    write_long(tmp_path, 32768)
+    log = io.StringIO()
+    with live(tmp_path, Rules(), [Log(log).tell], rows=2) as server:
+        body = {"model": "tiny", "messages": PROMPT} | ENDLESS
+        with pytest.raises(httpx.ReadTimeout):
+            server.client.post("/v1/chat/completions", json=body, timeout=0.6)
+        (line,) = lines(log, 1, "completions")
+        assert line["error"] == "cut" and 1 < line["completion_tokens"] < 32000
+        assert server.model.active == 0 and server.model.rows_busy == 0
 
 
 def test_a_death_is_counted(told: Told) -> None:

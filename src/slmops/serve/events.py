@@ -5,11 +5,17 @@ Starlette's own response for streams goes through a task group and two generator
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from starlette.responses import Response
+
+from slmops.serve.leaving import WhileThere
+from slmops.serve.refusals import DIRECT
+
+
+class Last(str):
+    """The last part of an answer, which is sent with its end."""
 
 
 class Events(Response):  # type: ignore[misc]
@@ -29,26 +35,17 @@ class Events(Response):  # type: ignore[misc]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See ASGI."""
-        sending = asyncio.ensure_future(self._send(send))
-
-        async def listen() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            sending.cancel()
-
-        listening = asyncio.ensure_future(listen())
         try:
-            await asyncio.wait([sending])
+            with WhileThere(receive):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await self._send(scope.get(DIRECT, send))
         finally:
-            listening.cancel()
-            sending.cancel()
-            done = await asyncio.gather(sending, listening, return_exceptions=True)
             await self._parts.aclose()
-        if isinstance(done[0], Exception):
-            raise done[0]
 
     async def _send(self, send: Any) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        more = True
         async for part in self._parts:
-            await send({"type": "http.response.body", "body": part.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            more = not isinstance(part, Last)
+            await send({"type": "http.response.body", "body": part.encode(), "more_body": more})
+        if more:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -22,7 +22,7 @@ from slmops.serve.keys import Key, Keys, needed
 from slmops.serve.limits import Accounts, Limits, whole_seconds
 from slmops.serve.origins import Origins
 from slmops.serve.record import Record
-from slmops.serve.refusals import LimitError, Receive, Refused, Scope, Send, refuse
+from slmops.serve.refusals import DIRECT, LimitError, Receive, Refused, Scope, Send, refuse
 
 LARGEST_BODY = 4 << 20
 LONGEST_READ = 16 * LARGEST_BODY
@@ -93,6 +93,7 @@ class Gate:
             parent={name: headers[name] for name in ("traceparent", "tracestate") if name in headers},
             texts=[] if self._rules.texts else None,
         )  # fmt: skip
+        scope[DIRECT] = send
         mark = records.enter(record)
         noted = self._noting(record, headers, send)
         work = scope["path"].startswith(WORK)

@@ -19,6 +19,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 PATIENCE_S = 1
+DIRECT = "slmops.send"
+"""Where a scope holds the server's own `send`, past all that looks at how an answer begins: for what follows its beginning."""
 
 
 class DeadlineError(ModelError):

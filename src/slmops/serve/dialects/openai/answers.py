@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,9 +14,12 @@ from starlette.requests import Request
 
 from slmops.errors import SlmopsError
 from slmops.serve.dialects.openai.errors import of
+from slmops.serve.events import Last
+from slmops.serve.leaving import WhileThere
 from slmops.serve.model import Model, Piece
 
 Done = TypeVar("Done")
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass
@@ -59,7 +62,8 @@ class Shape:
 
     def __init__(self, name: str, model: Model) -> None:
         self._model = model
-        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(16)}", "created": int(time.time()), "model": name}
+        self._event_head = _json({**self._head, "object": self.part_kind})[:-1]
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What comes before the first piece of a stream."""
@@ -80,37 +84,41 @@ class Shape:
 
     def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, tell: bool) -> str:
         """An event of a stream. `tell`: whether usage is told at all."""
-        body: dict[str, Any] = {**self._head, "object": self.part_kind, "choices": choices}
-        if tell:
-            body["usage"] = usage
-        return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        told = f',"usage":{_json(usage)}' if tell else ""
+        return f'data: {self._event_head},"choices":{_json(choices)}{told}}}\n\n'
 
 
 async def events(
     first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece], None], shape: Shape, prompt: int, usage: bool, count: int
 ) -> AsyncGenerator[str, None]:  # fmt: skip
-    """Server-sent events."""
-    answers = [Answer(index) for index in range(count)]
+    """Server-sent events, those together that nothing has to be waited for between."""
+    answers, going = [Answer(index) for index in range(count)], count
+    ready = ""
     try:
         for index in range(count):
             opening = shape.opening(index)
             if opening:
-                yield shape.event([opening], None, usage)
+                ready += shape.event([opening], None, usage)
         index, piece = first
         while True:
             answers[index].pieces.append(piece)
             part = shape.part(index, piece)
             if part is not None:
-                yield shape.event([part], None, usage)
+                ready += shape.event([part], None, usage)
+            going -= piece.finish is not None
+            if ready and going:
+                yield ready
+                ready = ""
             try:
                 index, piece = await anext(pieces)
             except StopAsyncIteration:
                 break
-        told = shape.event([], usage_of(prompt, answers), True) if usage else ""
-        yield f"{told}data: [DONE]\n\n"
+        if usage:
+            ready += shape.event([], usage_of(prompt, answers), True)
+        yield Last(f"{ready}data: [DONE]\n\n")
     except SlmopsError as failure:
         said = json.loads(bytes(of(failure, shape.prompt, shape.grammar).body))
-        yield f"data: {json.dumps(said)}\n\n"
+        yield Last(f"{ready}data: {json.dumps(said)}\n\n")
     finally:
         await pieces.aclose()
 
@@ -156,16 +164,6 @@ async def together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGener
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Done]) -> Done | None:
     """What comes of some work, None if the client goes away before."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with WhileThere(request.receive):
+        return await work
+    return None

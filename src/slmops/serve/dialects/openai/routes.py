@@ -21,6 +21,7 @@ from slmops.serve.dialects.openai.responses import events as response_events
 from slmops.serve.dialects.openai.text import TextShape
 from slmops.serve.dialects.openai.types import GONE, MOST_ANSWERS, Chat, Common, Completion, Embedding, Wanted, parsed
 from slmops.serve.events import Events
+from slmops.serve.leaving import WhileThere
 from slmops.serve.model import Ask, Model, Piece
 from slmops.serve.pool import Found, Pool
 from slmops.serve.prompts import SHORT, written
@@ -124,13 +125,13 @@ class OpenAi:
         ]
         pieces = together([model.answer(said.ask(ask)) for ask in asks])
         lengths = sum(map(len, prompts))
-        first = await _begun(request, pieces, shape.prompt, shape.grammar)
-        if isinstance(first, Response):
-            return first
         if wanted.stream:
+            first = await _begun(request, pieces, shape.prompt, shape.grammar)
+            if isinstance(first, Response):
+                return first
             usage = wanted.stream_options is not None and wanted.stream_options.include_usage
             return Events(events(first, pieces, shape, lengths, usage, len(asked)), found.headers)
-        answers = await _all(request, first, pieces, len(asked), shape.prompt, shape.grammar)
+        answers = await _all(request, pieces, len(asked), shape.prompt, shape.grammar)
         if isinstance(answers, Response):
             return answers
         return JSONResponse(shape.whole(answers, usage_of(lengths, answers)), headers=found.headers)
@@ -195,17 +196,17 @@ class OpenAi:
         how, stops = wanted.picking(0, logprobs), stops_of(definition)
         ask = said.ask(Ask(prompt, most, how, stops, joined=True, whole=not wanted.stream))
         pieces = together([model.answer(ask)])
-        first = await _begun(request, pieces, "input", shape.grammar)
-        if isinstance(first, Response):
-            return first
 
         def keep(response: dict[str, Any]) -> None:
             if wanted.store:
                 self._kept.keep(response, turns, wanted.items(), shape.turn())
 
         if wanted.stream:
+            first = await _begun(request, pieces, "input", shape.grammar)
+            if isinstance(first, Response):
+                return first
             return Events(response_events(first, pieces, shape, keep), found.headers)
-        answers = await _all(request, first, pieces, 1, "input", shape.grammar)
+        answers = await _all(request, pieces, 1, "input", shape.grammar)
         if isinstance(answers, Response):
             return answers
         whole = shape.whole(answers[0])
@@ -242,8 +243,10 @@ def _no_response(id: str, param: str | None = None) -> Response:
 
 
 def _odd_bias(wanted: Common, model: Model) -> Response | None:
-    if wanted.logit_bias and not all(0 <= id < model.tokenizer.size for id in wanted.logit_bias):
-        return error(400, f"a token id is not below {model.tokenizer.size}", param="logit_bias")
+    if wanted.logit_bias:
+        size = model.tokenizer.size
+        if not all(0 <= id < size for id in wanted.logit_bias):
+            return error(400, f"a token id is not below {size}", param="logit_bias")
     return None
 
 
@@ -263,19 +266,15 @@ async def _begun(
 
 
 async def _all(
-    request: Request, first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece], None], count: int, prompt: str, grammar: str
-) -> list[Answer] | Response:  # fmt: skip
+    request: Request, pieces: AsyncGenerator[tuple[int, Piece], None], count: int, prompt: str, grammar: str
+) -> list[Answer] | Response:
     """All answers, when they are whole."""
     answers = [Answer(index) for index in range(count)]
-    answers[first[0]].pieces.append(first[1])
-
-    async def rest() -> bool:
-        async for index, piece in pieces:
-            answers[index].pieces.append(piece)
-        return True
-
     try:
-        if await unless_gone(request, rest()) is None:
+        with WhileThere(request.receive) as client:
+            async for index, piece in pieces:
+                answers[index].pieces.append(piece)
+        if client.gone:
             return Response(status_code=GONE)
     except SlmopsError as failure:
         return of(failure, prompt, grammar)
