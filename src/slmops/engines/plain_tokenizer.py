@@ -62,7 +62,7 @@ class PlainTokenizer:
         if self._template is None:
             raise ModelError(f"{self._folder} has no chat template", "convert a model that has one")
         text = whole(render(self._template, messages, self.marks, tools))
-        return [int(id) for id in self._tokenizer.encode(text, add_special_tokens=False).ids]
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens."""
@@ -79,7 +79,7 @@ class PlainTokenizer:
         Args:
             marked: with the mark of a beginning, and of an end, where the tokenizer puts them.
         """
-        return [int(id) for id in self._tokenizer.encode(whole(text), add_special_tokens=marked).ids]
+        return list(self._tokenizer.encode(whole(text), add_special_tokens=marked).ids)
 
     def token(self, id: int) -> str:
         """The text of one token, special ones included; a part of a character shows as its replacement."""

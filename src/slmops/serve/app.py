@@ -94,6 +94,9 @@ def application(
         await pool.stop()
 
     routes = [
+        Route("/v1/chat/completions", openai.chat, methods=["POST"]),  # first: they are looked through in this order
+        Route("/v1/completions", openai.completions, methods=["POST"]),
+        *ollama.routes(),
         Route("/", page),
         Route("/chat/{name}", part),
         Route("/healthz", health),
@@ -101,9 +104,6 @@ def application(
         Route("/metrics", measured),
         Route("/v1/models", openai.models),
         Route("/v1/models/{name:path}", openai.model),
-        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
-        Route("/v1/completions", openai.completions, methods=["POST"]),
-        *ollama.routes(),
         Route("/v1/embeddings", openai.embeddings, methods=["POST"]),
         Route("/v1/responses", openai.responses, methods=["POST"]),
         Route("/v1/responses/{id}", openai.response, methods=["GET", "DELETE"]),

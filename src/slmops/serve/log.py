@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from slmops.serve.metrics import error_of
 from slmops.serve.record import Record
 
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
 
 class Out(Protocol):
     """Where lines go."""
@@ -71,7 +73,7 @@ class Log:
     def tell(self, record: Record) -> None:
         """Write the line of a request that is over."""
         with contextlib.suppress(OSError, ValueError):
-            self._out.write(json.dumps(line(record), separators=(",", ":")) + "\n")
+            self._out.write(_json(line(record)) + "\n")
             self._out.flush()
 
 

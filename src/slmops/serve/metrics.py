@@ -7,6 +7,7 @@ where it happens (`slmops.serve.record`), and read only when somebody asks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from slmops import __version__
@@ -47,6 +48,7 @@ class Metrics:
         except ImportError as error:
             raise MissingExtraError("What makes metrics", "serve") from error
         self._registry = CollectorRegistry()
+        self._of = cache(lambda metric, *labels: metric.labels(*labels))
         model = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
         def histogram(name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Any:
@@ -85,23 +87,23 @@ class Metrics:
     def tell(self, record: Record) -> None:
         """Count a request that is over."""
         method = record.method if record.method in METHODS else "_OTHER"
-        self._http.labels(method, record.route or "none", str(record.status)).observe(record.duration)
+        self._of(self._http, method, record.route or "none", str(record.status)).observe(record.duration)
         if record.reason or record.status in (429, 503, 504):
             reason = record.reason or {429: "limit", 503: "overloaded", 504: "deadline"}[record.status]
-            self._refused.labels(reason).inc()
+            self._of(self._refused, reason).inc()
         if not record.answers:
             return
         labels = (operation(record.route), PROVIDER, record.model)
-        self._whole.labels(*labels, error_of(record)).observe(record.duration)
-        self._tokens.labels(*labels, "input").observe(record.prompt_tokens)
-        self._tokens.labels(*labels, "output").observe(record.tokens)
+        self._of(self._whole, *labels, error_of(record)).observe(record.duration)
+        self._of(self._tokens, *labels, "input").observe(record.prompt_tokens)
+        self._of(self._tokens, *labels, "output").observe(record.tokens)
         for watch in record.answers:
             if watch.tokens:
-                self._first.labels(*labels).observe(watch.first - record.began)
+                self._of(self._first, *labels).observe(watch.first - record.began)
             if watch.tokens > 1 and watch.finish:
-                self._each.labels(*labels).observe((watch.last - watch.first) / (watch.tokens - 1))
+                self._of(self._each, *labels).observe((watch.last - watch.first) / (watch.tokens - 1))
             if watch.cached:
-                self._cached.labels(watch.model).inc(watch.cached)
+                self._of(self._cached, watch.model).inc(watch.cached)
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text form."""

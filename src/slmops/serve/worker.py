@@ -25,6 +25,7 @@ from slmops.serve.sampling import Picking
 from slmops.serve.scheduler import GrammarError, Progress, Request, RequestError, Scheduler
 
 Say = Callable[[dict[str, Any]], None]
+_json = json.JSONEncoder(separators=(",", ":")).encode
 FEW = 4
 SELDOM_S = 0.25
 """How often it is told what came of an answer that nobody needs to hear, for what is counted if it is left."""
@@ -36,7 +37,7 @@ def main(lines: TextIO, out: TextIO) -> int:
     """Load what the first line says, answer until the input ends."""
 
     def say(line: dict[str, Any]) -> None:
-        out.write(json.dumps(line, separators=(",", ":")) + "\n")
+        out.write(_json(line) + "\n")
         out.flush()
 
     _widen(out)

@@ -62,8 +62,9 @@ def errors_of(failure: ValidationError) -> list[Any]:
     return failure.errors(include_url=False, include_input=False)
 
 
-ODD = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|(?<![0-9])[0-9]{300}")
-"""What a body has to have in it for a number that is not finite."""
+ODD_WORDS = (b"NaN", b"Infinity")
+ODD = (re.compile(rb"[eE]\+?[0-9]{3}"), re.compile(rb"(?<![0-9])[0-9]{300}"))
+"""What a body has to have in it for a number that is not finite, looked for one by one: all in one pattern takes three times as long."""
 
 
 def check_numbers(raw: bytes) -> None:
@@ -72,7 +73,7 @@ def check_numbers(raw: bytes) -> None:
     Raises:
         ValueError: it has NaN, Infinity, or a number beyond what a float holds.
     """
-    if not ODD.search(raw):
+    if not any(word in raw for word in ODD_WORDS) and not any(odd.search(raw) for odd in ODD):
         return
     found: list[str] = []
 
