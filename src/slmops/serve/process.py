@@ -62,7 +62,7 @@ class Process(asyncio.SubprocessProtocol):
             ValueError: a line is too long, or `hear` raised it; the process was killed.
         """
         self._hear = hear
-        self._take(self._said.rest())
+        self._take(line for line in self._said.rest() if line)  # the empty one is its end
         await self._ended
 
     def write(self, line: bytes) -> None:
