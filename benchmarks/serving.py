@@ -9,7 +9,7 @@
 
 Each server gets the same weights in 4 bits in blocks of 32 (int4 for ONNX, q4_0 as GGUF) and as many threads as cores. All are up at
 once; loads come in turns (slmops, llama-server, …, slmops, …), and what is shown is the median over the rounds. README.md beside it says
-what the columns are. llama-server is built and an environment for llama-cpp-python's server made at the first run.
+what the columns are. At the first run llama-server is built, and environments made for llama-cpp-python's server and for Foundry Local.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 from serving_load import Heard, load
-from serving_peers import PEERS, SYSTEMS, Server, llama_server
+from serving_peers import FOUNDRY, PEERS, SYSTEMS, Server, llama_server
 from slmops.core.method import SilentProgress
 from slmops.store import environments
 
@@ -188,7 +188,8 @@ def once(server: Server, prompts: Sequence[str], streams: int, tokens: int, stre
         body = server.body | ({"stream_options": {"include_usage": True}} if stream else {})
         if server.system == "llama-cpp-python" and stream:
             body.pop("stream_options")  # it has none; every answer has its number of tokens all the same
-        seconds, heard = asyncio.run(load(server.port, prompts, streams, body, stream))
+        path = f"{server.api}/{'chat/' * (server.system == 'Foundry Local')}completions"
+        seconds, heard = asyncio.run(load(server.port, prompts, streams, body, stream, path))
     wrong = sorted({one.tokens for one in heard} - {tokens, 0})
     if wrong:
         say(f"{server.system}: answers of {wrong} tokens, not {tokens}")
@@ -212,13 +213,17 @@ def share(values: Sequence[float], part: float) -> float:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all models."""
     systems = [
-        s for s in SYSTEMS if not any(word in s for word in options.skip) and (not options.quick or s == "slmops")
+        s
+        for s in SYSTEMS
+        if not any(word.lower() in s.lower() for word in options.skip) and (not options.quick or s == "slmops")
     ]
     tools: dict[str, Path] = {}
     if "llama-server" in systems:
         tools["llama-server"] = llama_server(BUILD, Talk())
     if "llama-cpp-python" in systems:
         tools["python"] = environments.ensure(PEERS, Talk())
+    if "Foundry Local" in systems:
+        tools["foundry"] = environments.ensure(FOUNDRY, Talk())
     cores = options.cores or sorted(os.sched_getaffinity(0))
     load_before = os.getloadavg()[0]
     os.sched_setaffinity(0, set(options.client or cores))

@@ -32,12 +32,18 @@ class Heard:
 
 
 async def load(
-    port: int, prompts: Sequence[str], streams: int, body: dict[str, Any], stream: bool = True
+    port: int,
+    prompts: Sequence[str],
+    streams: int,
+    body: dict[str, Any],
+    stream: bool = True,
+    path: str = "/v1/completions",
 ) -> tuple[float, list[Heard]]:
     """Answers to all prompts, so many at a time, and the seconds that took.
 
     Args:
         body: of each request, beside the prompt.
+        path: of completions, or of chat completions, to which the prompt is a message.
     """
     left = iter(prompts)
     heard: list[Heard] = []
@@ -45,13 +51,14 @@ async def load(
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
         for prompt in left:
-            whole = {**body, "prompt": prompt, "stream": stream}
+            said = {"messages": [{"role": "user", "content": prompt}]} if "/chat/" in path else {"prompt": prompt}
+            whole = {**body, **said, "stream": stream}
             try:
-                one = await _ask(reader, writer, whole)
+                one = await _ask(reader, writer, path, whole)
             except (asyncio.IncompleteReadError, ConnectionError):  # the server keeps no connection, or not for so long
                 writer.close()
                 reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
-                one = await _ask(reader, writer, whole)
+                one = await _ask(reader, writer, path, whole)
             heard.append(one)
         writer.close()
 
@@ -64,9 +71,9 @@ async def load(
     return seconds, heard
 
 
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict[str, Any]) -> Heard:
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, body: dict[str, Any]) -> Heard:
     raw = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
     found = Heard(time.perf_counter())
     writer.write(head.encode() + raw)
     answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -99,7 +106,9 @@ def _understand(found: Heard, parts: Sequence[tuple[float, bytes]], stream: bool
                 said = json.loads(event[6:])
                 if "error" in said:
                     raise SystemExit(f"the server failed: {said['error']}")
-                texts += any(choice.get("text") for choice in said.get("choices", ()))
+                texts += any(
+                    choice.get("text") or choice.get("delta", {}).get("content") for choice in said.get("choices", ())
+                )
                 _usage(found, said)
         found.texts += [when] * texts
 

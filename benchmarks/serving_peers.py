@@ -4,6 +4,7 @@ slmops             `slmops serve`
 llama-server       llama.cpp's own server, built here from the sources that llama-cpp-python ships
 llama-cpp-python   `python -m llama_cpp.server`, in an environment of its own
 ONNX GenAI Engine  `onnxruntime_genai.Engine` in a process, asked over a pipe: it has no server
+Foundry Local      the web service of its SDK, in an environment of its own; `serving_foundry.py` beside this starts it
 """
 
 from __future__ import annotations
@@ -38,9 +39,19 @@ PEERS = Environment(
      "typing_extensions==4.16.0", "uvicorn==0.54.0"),
     250_000_000,
 )  # fmt: skip
+FOUNDRY = Environment(
+    "serving-foundry",
+    ("foundry-local-sdk==2.2.1", "onnxruntime==1.31.0", "onnxruntime-genai-core==0.18.0",
+     "annotated-types==0.8.0", "anyio==4.16.0", "certifi==2026.10.19.post1", "cffi==2.1.1", "charset-normalizer==3.5.3",
+     "flatbuffers==25.12.19", "h11==0.16.0", "httpcore2==2.16.2", "httpx2==2.16.2", "idna==3.20", "jiter==0.19.0",
+     "numpy==2.4.6", "openai==3.57.0", "packaging==26.4", "protobuf==7.36.2", "pycparser==3.12", "pydantic==2.14.4",
+     "pydantic_core==2.50.5", "requests==2.34.2", "sniffio==1.3.1", "truststore==0.10.5",
+     "typing_extensions==4.16.0", "typing-inspection==0.4.5", "urllib3==2.8.0"),
+    300_000_000,
+)  # fmt: skip
 FLAGS = ("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_BUILD_UI=OFF",
          "LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")  # fmt: skip
-SYSTEMS = ("slmops", "llama-server", "llama-cpp-python", "ONNX GenAI Engine")
+SYSTEMS = ("slmops", "llama-server", "llama-cpp-python", "ONNX GenAI Engine", "Foundry Local")
 PATIENCE_S = 300.0
 
 
@@ -82,7 +93,11 @@ def _sources(source: Path) -> None:
 
 
 class Server:
-    """A server that runs. `body`: what makes it write a fixed number of tokens.
+    """A server that runs.
+
+    Attributes:
+        api: where its paths begin.
+        body: of a request; it makes it write a fixed number of tokens.
 
     Args:
         files: of the model: `onnx` (the folder of slmops), `genai` (that of GenAI's builder), `gguf`.
@@ -96,6 +111,7 @@ class Server:
         tools: dict[str, Path], log: Path, tell: float = 10.0,
     ) -> None:  # fmt: skip
         self.system, self.port = system, _free_port()
+        self.api = "/v1"
         self.body: dict[str, Any] = {"model": "m", "max_tokens": tokens, "temperature": 0.0}
         threads, port = str(len(cores)), str(self.port)
         variables = dict(os.environ) | {"OMP_NUM_THREADS": threads}
@@ -113,6 +129,13 @@ class Server:
                        "--n_threads", threads, "--n_threads_batch", threads, "--port", port, "--interrupt_requests", "false"]  # fmt: skip
             variables = environments.clean(tools["python"]) | {"OMP_NUM_THREADS": threads}
             self.body |= {"logit_bias": {str(end): -100}}
+        elif system == "Foundry Local":
+            driver = Path(__file__).with_name("serving_foundry.py")
+            scratch = log.with_suffix(".scratch")
+            command = [str(tools["foundry"]), str(driver), str(files["genai"]), str(scratch), port, threads]
+            variables = environments.clean(tools["foundry"]) | {"OMP_NUM_THREADS": threads}
+            self.api = "/catalogs/local/v1"
+            self.body |= {"model": "m:1"}
         else:
             command = [sys.executable, __file__, "--genai", str(files["genai"])]
         self._log = log.open("wb")
@@ -135,7 +158,7 @@ class Server:
         while time.monotonic() < until and self.process.poll() is None:
             with (
                 contextlib.suppress(OSError),
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v1/models", timeout=5),
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}{self.api}/models", timeout=5),
             ):
                 return
             time.sleep(0.1)
