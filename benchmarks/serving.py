@@ -112,10 +112,6 @@ def convert(source: Path, out: Path) -> None:
     ]
     options = ["--extra_options", f"int4_block_size={BLOCK}", "int4_accuracy_level=4"]
     subprocess.run([*command, "-e", "cpu", "-c", str(work), *options], check=True)
-    settings = out / "genai" / "genai_config.json"
-    found = json.loads(settings.read_text("utf-8"))
-    found["model"]["decoder"].setdefault("session_options", {})["intra_op_num_threads"] = 1
-    settings.write_text(json.dumps(found, indent=1), "utf-8")
     (out / "done").touch()
 
 

@@ -37,7 +37,7 @@ def copy(source: Path, out: Path, threads: int) -> None:
 
 
 def serve(source: Path, scratch: Path, port: int, threads: int) -> None:
-    """Until this process is told to end."""
+    """Until a signal ends this process."""
     from foundry_local_sdk import CatalogType, Configuration, FoundryLocalManager, ModelInfoBuilder
 
     shutil.rmtree(scratch, ignore_errors=True)
@@ -60,12 +60,8 @@ def serve(source: Path, scratch: Path, port: int, threads: int) -> None:
         )
     model.load()
     manager.start_web_service()
-    try:
-        signal.pause()
-    finally:
-        manager.close()
+    signal.pause()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     serve(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""The servers that `serving.py` measures: how each is had, started and asked. Run with `--genai FOLDER` it is the driver of one of them.
+"""The servers that `serving.py` measures: how each is had, started and asked. With `--genai FOLDER THREADS` it is the driver of one.
 
 slmops             `slmops serve`
 llama-server       llama.cpp's own server, built here from the sources that llama-cpp-python ships
@@ -100,7 +100,7 @@ class Server:
         body: of a request; it makes it write a fixed number of tokens.
 
     Args:
-        files: of the model: `onnx` (the folder of slmops), `genai` (that of GenAI's builder), `gguf`.
+        files: of the model: `onnx` (the folder of slmops, which Foundry Local takes too), `genai` (that of GenAI's builder), `gguf`.
         cores: it may use these.
         streams: it has to answer so many at a time.
         tell: of slmops.
@@ -132,12 +132,12 @@ class Server:
         elif system == "Foundry Local":
             driver = Path(__file__).with_name("serving_foundry.py")
             scratch = log.with_suffix(".scratch")
-            command = [str(tools["foundry"]), str(driver), str(files["genai"]), str(scratch), port, threads]
+            command = [str(tools["foundry"]), str(driver), str(files["onnx"]), str(scratch), port, threads]
             variables = environments.clean(tools["foundry"]) | {"OMP_NUM_THREADS": threads}
             self.api = "/catalogs/local/v1"
             self.body |= {"model": "m:1"}
         else:
-            command = [sys.executable, __file__, "--genai", str(files["genai"])]
+            command = [sys.executable, __file__, "--genai", str(files["genai"]), threads]
         self._log = log.open("wb")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE if system.startswith("ONNX") else self._log, stderr=self._log,
@@ -208,14 +208,16 @@ def _peak(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def drive(folder: str) -> None:
+def drive(folder: str, threads: int) -> None:
     """Jobs of `{"prompts", "streams", "tokens"}` from standard input, each done with so many requests open at a time.
 
     GenAI's engine takes as many requests as it is given and works on its own number of them (4 on CPU).
     """
     import onnxruntime_genai as og
 
-    model = og.Model(folder)
+    settings = og.Config(folder)
+    settings.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(settings)
     engine = og.Engine(model)
     buffer = engine.create_event_buffer(256)
     words = og.Tokenizer(model)
@@ -254,4 +256,4 @@ def drive(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    drive(sys.argv[2])
+    drive(sys.argv[2], int(sys.argv[3]))
