@@ -69,13 +69,14 @@ def llama_server(folder: Path, progress: Progress) -> Path:
     progress.log(f"building llama-server in {source}")
     if not (source / "llama.cpp").is_dir():
         _sources(source)
-    build = source / "build"
-    subprocess.run(
-        ["cmake", "-S", str(source / "llama.cpp"), "-B", str(build), *(f"-D{flag}" for flag in FLAGS)],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    command = ["cmake", "--build", str(build), "--target", "llama-server", "-j", str(os.cpu_count() or 1)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    build, log = source / "build", source / "build.log"
+    with log.open("w") as file:  # thousands of lines of warnings
+        for command in (
+            ["-S", str(source / "llama.cpp"), "-B", str(build), *(f"-D{flag}" for flag in FLAGS)],
+            ["--build", str(build), "--target", "llama-server", "-j", str(os.cpu_count() or 1)],
+        ):
+            if subprocess.run(["cmake", *command], stdout=file, stderr=subprocess.STDOUT).returncode:
+                raise SystemExit(f"llama-server could not be built: see {log}; or leave it out: --skip llama-server")
     return program
 
 
