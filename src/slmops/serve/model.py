@@ -25,6 +25,7 @@ from slmops.errors import ModelError, ResourceError
 from slmops.serve.adapters import find_adapters
 from slmops.serve.engines import kind_of
 from slmops.serve.mailbox import Mailbox
+from slmops.serve.pages import environment
 from slmops.serve.process import Process
 from slmops.serve.record import Told, Watch, remind, watching, within
 from slmops.serve.refusals import DeadlineError
@@ -301,7 +302,7 @@ class Model:
     async def _load(self) -> None:
         s = self.settings
         try:
-            process = await Process.start([sys.executable, "-m", "slmops.serve.worker"])
+            process = await Process.start([sys.executable, "-m", "slmops.serve.worker"], environment())
         except OSError as error:
             self._died()
             raise ModelError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from slmops.serve.mailbox import Mailbox
@@ -34,14 +34,14 @@ class Process(asyncio.SubprocessProtocol):
         self._transport: Any = None
 
     @classmethod
-    async def start(cls, command: Sequence[str]) -> Process:
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str]) -> Process:
         """Start one, with this process's standard error and in a session of its own.
 
         Raises:
             OSError: it cannot be started.
         """
         _, process = await asyncio.get_running_loop().subprocess_exec(
-            cls, *command, stderr=None, start_new_session=True
+            cls, *command, stderr=None, start_new_session=True, env=environment
         )
         return process
 

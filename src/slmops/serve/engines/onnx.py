@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from slmops.engines import read_json
 from slmops.errors import MissingExtraError, ModelError
+from slmops.serve import pages
 from slmops.serve.engines.graph import with_hidden_states
 from slmops.serve.scheduler import CHUNK, RequestError
 
@@ -87,7 +88,7 @@ class OnnxRows:
                 if present not in made or one.type not in TYPES:
                     raise ModelError(f"{folder}: its graph has no {present} like {name}", "convert the model again")
                 shape = (places, one.shape[1], self.context_length, decoder["head_size"])
-                self._caches[name] = (present, np.zeros(shape, TYPES[one.type]))
+                self._caches[name] = (present, pages.zeros(shape, TYPES[one.type]))
         if set(given) - set(self._caches) != {"input_ids", "attention_mask"}:
             odd = ", ".join(sorted(set(given) - set(self._caches) - {"input_ids", "attention_mask"}))
             raise ModelError(f"{folder}: its graph takes {odd or 'no attention_mask'}", "convert it with slmops")
