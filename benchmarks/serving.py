@@ -31,6 +31,7 @@ from typing import Any
 from serving_load import Heard, load
 from serving_peers import FOUNDRY, PEERS, SYSTEMS, Server, llama_server
 from slmops.core.method import SilentProgress
+from slmops.serve.pages import environment
 from slmops.store import environments
 
 BUILD = Path(os.environ.get("SLMOPS_BENCH") or Path(__file__).resolve().parent.parent / "build" / "bench") / "serving"
@@ -145,7 +146,7 @@ def own(job: list[str], log: Path, cores: Sequence[int] | None = None) -> str:
     """Run this file with `--worker` in a fresh process; what it printed."""
     with log.open("w") as file:
         found = subprocess.run(
-            [sys.executable, __file__, "--worker", *job], stdout=subprocess.PIPE, stderr=file, text=True,
+            [sys.executable, __file__, "--worker", *job], stdout=subprocess.PIPE, stderr=file, text=True, env=environment(),
             preexec_fn=(lambda: os.sched_setaffinity(0, set(cores))) if cores else None,
         )  # fmt: skip
     if found.returncode:

@@ -69,7 +69,7 @@ class World:
         self.clock, self.awake = Clock(), asyncio.Event()
         self.model = Model(Settings(Path("none"), "tiny"), clock=self.clock)
 
-    async def start(self, command: Sequence[str]) -> Fake:
+    async def start(self, command: Sequence[str], environment: object) -> Fake:
         self.processes.append(Fake())
         return self.processes[-1]
 
@@ -233,7 +233,7 @@ def test_a_process_that_cannot_be_started_is_said_and_not_tried_without_a_pause(
     async def work(world: World) -> None:
         first, tries = await world.load(), []
 
-        async def fail(command: Sequence[str]) -> Fake:
+        async def fail(command: Sequence[str], environment: object) -> Fake:
             tries.append(command)
             raise OSError("no memory")
 

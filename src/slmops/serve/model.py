@@ -302,7 +302,8 @@ class Model:
     async def _load(self) -> None:
         s = self.settings
         try:
-            process = await Process.start([sys.executable, "-m", "slmops.serve.worker"], environment())
+            large = environment() if self.engine == "onnx" else None  # it helps the others nothing
+            process = await Process.start([sys.executable, "-m", "slmops.serve.worker"], large)
         except OSError as error:
             self._died()
             raise ModelError(

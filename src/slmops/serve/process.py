@@ -34,7 +34,7 @@ class Process(asyncio.SubprocessProtocol):
         self._transport: Any = None
 
     @classmethod
-    async def start(cls, command: Sequence[str], environment: Mapping[str, str]) -> Process:
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Process:
         """Start one, with this process's standard error and in a session of its own.
 
         Raises:
