@@ -6,6 +6,7 @@ Only the few fields that are needed are read, by the numbers that onnx.proto3 gi
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,21 @@ class Graph:
     weights: tuple[Tensor, ...]
 
 
+def parts(file: Path) -> Iterator[tuple[int, memoryview]]:
+    """The messages in the graph of a model's file, each with its number in `GraphProto`; the file stays where it is.
+
+    Raises:
+        OSError, ValueError, IndexError: the file cannot be read, or is no graph.
+    """
+    with file.open("rb") as opened:
+        whole = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+    for number, graph in fields(whole):
+        if number == 7 and isinstance(graph, memoryview):  # ModelProto.graph
+            for inner, part in fields(graph):
+                if isinstance(part, memoryview):
+                    yield inner, part
+
+
 def read(file: Path) -> Graph:
     """The facts of a graph.
 
@@ -52,16 +68,11 @@ def read(file: Path) -> Graph:
     outputs: list[Tensor] = []
     weights: list[Tensor] = []
     try:
-        with file.open("rb") as opened:
-            whole = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-        for number, value in fields(whole):
-            if number != 7 or not isinstance(value, memoryview):  # ModelProto.graph
-                continue
-            for inner, said in fields(value):
-                if inner == 5 and isinstance(said, memoryview):
-                    weights.append(_tensor(said))
-                elif inner in (11, 12) and isinstance(said, memoryview):
-                    (inputs if inner == 11 else outputs).append(_value(said))
+        for number, said in parts(file):
+            if number == 5:  # GraphProto.initializer
+                weights.append(_tensor(said))
+            elif number in (11, 12):  # GraphProto.input, output
+                (inputs if number == 11 else outputs).append(_value(said))
     except (OSError, ValueError, IndexError) as error:
         raise ModelError(f"{file} cannot be read: {error}", "convert the model again") from error
     if not outputs:

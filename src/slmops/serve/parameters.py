@@ -8,7 +8,6 @@ rounds in a way that is not known here, nothing is told rather than something wr
 from __future__ import annotations
 
 import math
-import mmap
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
@@ -98,14 +97,8 @@ def _in_graph(file: Path) -> int | None:
 
 def _nodes(file: Path) -> Iterator[tuple[str, list[str], list[str], dict[str, int]]]:
     """The nodes of a graph in their order: operator, names of inputs and outputs, attributes that are whole numbers."""
-    with file.open("rb") as opened:
-        whole = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-    for number, graph in fields(whole):
-        if number != 7 or not isinstance(graph, memoryview):  # ModelProto.graph
-            continue
-        for inner, node in fields(graph):
-            if inner != 1 or not isinstance(node, memoryview):  # GraphProto.node
-                continue
+    for place, node in graph_facts.parts(file):
+        if place == 1:  # GraphProto.node
             kind, inputs, outputs, numbers = "", list[str](), list[str](), dict[str, int]()
             for part, value in fields(node):
                 if not isinstance(value, memoryview):
