@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slmops.engines import minimal
+from slmops.engines import minimal, plain_tokenizer
 from slmops.engines.plain_tokenizer import PlainTokenizer
 
 TEMPLATE = """\
@@ -49,3 +50,18 @@ def test_tools_and_their_calls_are_rendered_as_by_transformers(
     plain = PlainTokenizer(tmp_path, "serve")
     assert plain.encode(TURNS, tools) == expected
     assert plain.special(minimal.END) and not plain.special(50)
+
+
+def test_folders_with_the_same_tokenizer_share_it(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        minimal._write_tokenizer(tmp_path / name)
+    file = tmp_path / "c" / "tokenizer.json"
+    file.write_text(file.read_text("utf-8") + " ", "utf-8")
+    first, second, third = (PlainTokenizer(tmp_path / name, "serve") for name in ("a", "b", "c"))
+    assert first._tokenizer is second._tokenizer and first._tokenizer is not third._tokenizer
+    assert first.encode([{"role": "user", "content": "hi"}]) == third.encode([{"role": "user", "content": "hi"}])
+    held = len(plain_tokenizer._known)
+    del first, second
+    gc.collect()
+    assert len(plain_tokenizer._known) == held - 1

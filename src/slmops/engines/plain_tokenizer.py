@@ -5,11 +5,13 @@ Law: ids are those of transformers' fast tokenizer of the folder. Conversions ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from slmops.engines import clean, read_json
 from slmops.errors import MissingExtraError, ModelError
@@ -18,6 +20,34 @@ FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json",
 )  # fmt: skip
 """What a converted folder takes over from a Hugging Face model, byte for byte."""
+
+
+_known: WeakValueDictionary[bytes, Any] = WeakValueDictionary()
+"""Tokenizers that are in use, by the digest of their file. Versions of a model mostly have the same, and what one remembers of words, some
+megabytes, tokenizers 0.23.3 does not give back when it is no longer used."""
+
+
+def _loaded(folder: Path, extra: str) -> Any:
+    """The tokenizer of a folder, which whoever has the same file shares. It neither cuts nor pads."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtraError("tokenizers", extra) from error
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no tokenizer.json", "convert the model again")
+    try:
+        raw = file.read_bytes()
+        digest = hashlib.sha256(raw).digest()
+        found = _known.get(digest)
+        if found is None:
+            found = Tokenizer.from_buffer(raw)
+            found.no_truncation()
+            found.no_padding()
+            _known[digest] = found
+    except Exception as error:
+        raise ModelError(f"{file} cannot be read: {error}", "convert the model again") from error
+    return found
 
 
 class PlainTokenizer:
@@ -32,19 +62,7 @@ class PlainTokenizer:
     """
 
     def __init__(self, folder: Path, extra: str) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingExtraError("tokenizers", extra) from error
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ModelError(f"{folder} has no tokenizer.json", "convert the model again")
-        try:
-            self._tokenizer: Any = Tokenizer.from_file(str(file))
-        except Exception as error:
-            raise ModelError(f"{file} cannot be read: {error}", "convert the model again") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = _loaded(folder, extra)
         settings = read_json(folder / "tokenizer_config.json")
         self._folder = folder
         self.template = chat_template(folder)
