@@ -7,9 +7,13 @@ model's token.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from types import TracebackType
+from typing import Any, TypeVar
 
 from slmops.serve.refusals import Receive
+
+Done = TypeVar("Done")
 
 
 class WhileThere:
@@ -47,3 +51,10 @@ class WhileThere:
             pass
         self.gone = True
         self._task.cancel()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Done | None:
+    """What comes of some work, None if the client goes away before."""
+    with WhileThere(receive):
+        return await work
+    return None

@@ -39,10 +39,10 @@ from slmops.serve.dialects.ollama_shapes import (
 from slmops.serve.dialects.ollama_shapes import (
     said as told_of,
 )
-from slmops.serve.dialects.openai.answers import unless_gone
 from slmops.serve.dialects.openai.embeddings import MOST_INPUTS
 from slmops.serve.dialects.openai.types import GONE
 from slmops.serve.events import Events
+from slmops.serve.leaving import unless_gone
 from slmops.serve.model import Ask, Model, Piece
 from slmops.serve.pool import Found, Pool
 from slmops.serve.prompts import ids_of, plain, written
@@ -144,7 +144,7 @@ class Ollama:
         texts = [] if texts == [""] else texts
         if len(texts) > MOST_INPUTS:
             raise RequestError(f"at most {MOST_INPUTS} inputs are taken at once", "send them in several requests")
-        made = await unless_gone(request, self._vectors(found.model, texts, clock, cut=bool(wanted.truncate)))
+        made = await unless_gone(request.receive, self._vectors(found.model, texts, clock, cut=bool(wanted.truncate)))
         if made is None:
             return Response(status_code=GONE)
         vectors, tokens = made
@@ -165,7 +165,7 @@ class Ollama:
         may_keep(found.model, wanted.keep_alive)
         self._options(found, wanted.options)
         texts = [wanted.prompt] if wanted.prompt else []
-        made = await unless_gone(request, self._vectors(found.model, texts, Clock(), cut=False))
+        made = await unless_gone(request.receive, self._vectors(found.model, texts, Clock(), cut=False))
         if made is None:
             return Response(status_code=GONE)
         keep(found.model, wanted.keep_alive)
@@ -228,7 +228,7 @@ class Ollama:
         pieces = model.answer(job.said.ask(ask))
         lines = self._lines(pieces, wanted, job, clock)
         try:  # the first piece tells whether the model takes the request at all
-            first = await unless_gone(request, anext(lines))
+            first = await unless_gone(request.receive, anext(lines))
         except SlmopsError:
             await lines.aclose()
             raise
@@ -245,7 +245,7 @@ class Ollama:
             return True
 
         try:
-            if await unless_gone(request, rest()) is None:
+            if await unless_gone(request.receive, rest()) is None:
                 return Response(status_code=GONE)
         finally:
             await lines.aclose()

@@ -6,19 +6,15 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from starlette.requests import Request
+from typing import Any
 
 from slmops.errors import SlmopsError
 from slmops.serve.dialects.openai.errors import of
 from slmops.serve.events import Last
-from slmops.serve.leaving import WhileThere
 from slmops.serve.model import Model, Piece
 
-Done = TypeVar("Done")
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -160,10 +156,3 @@ async def together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGener
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Done]) -> Done | None:
-    """What comes of some work, None if the client goes away before."""
-    with WhileThere(request.receive):
-        return await work
-    return None

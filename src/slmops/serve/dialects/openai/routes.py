@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from slmops.errors import SlmopsError
 from slmops.serve.dialects.adopt import adopted, bounded, stops_of
 from slmops.serve.dialects.openai import embeddings
-from slmops.serve.dialects.openai.answers import Answer, Shape, events, together, unless_gone, usage_of
+from slmops.serve.dialects.openai.answers import Answer, Shape, events, together, usage_of
 from slmops.serve.dialects.openai.chat import ChatShape
 from slmops.serve.dialects.openai.errors import error, of
 from slmops.serve.dialects.openai.response_types import Respond
@@ -21,7 +21,7 @@ from slmops.serve.dialects.openai.responses import events as response_events
 from slmops.serve.dialects.openai.text import TextShape
 from slmops.serve.dialects.openai.types import GONE, MOST_ANSWERS, Chat, Common, Completion, Embedding, Wanted, parsed
 from slmops.serve.events import Events
-from slmops.serve.leaving import WhileThere
+from slmops.serve.leaving import WhileThere, unless_gone
 from slmops.serve.model import Ask, Model, Piece
 from slmops.serve.pool import Found, Pool
 from slmops.serve.prompts import SHORT, written
@@ -149,7 +149,7 @@ class OpenAi:
         if isinstance(prompts, Response):
             return prompts
         try:
-            vectors = await unless_gone(request, model.embed(prompts))
+            vectors = await unless_gone(request.receive, model.embed(prompts))
             if vectors is None:
                 return Response(status_code=GONE)
         except SlmopsError as failure:
@@ -255,7 +255,7 @@ async def _begun(
 ) -> tuple[int, Piece] | Response:
     """The first piece, which tells whether the model takes the request at all."""
     try:
-        first = await unless_gone(request, anext(pieces))
+        first = await unless_gone(request.receive, anext(pieces))
     except SlmopsError as failure:
         await pieces.aclose()
         return of(failure, prompt, grammar)
