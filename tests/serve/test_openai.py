@@ -108,7 +108,10 @@ def test_tools_are_called_and_answered(client: openai.OpenAI) -> None:
 
 def test_responses_are_whole_streamed_kept_and_gone_on_with(client: openai.OpenAI) -> None:
     warm: Any = {"seed": 1, "logit_bias": ENDING}
-    first = client.responses.create(model="tiny", input="hello", instructions="be brief", max_output_tokens=4)
+    endless: Any = {"seed": 1, "logit_bias": {str(minimal.END): -100}}
+    first = client.responses.create(
+        model="tiny", input="hello", instructions="be brief", max_output_tokens=4, extra_body=endless
+    )
     assert first.status == "incomplete" and first.usage and first.usage.output_tokens == 4
     kept = client.responses.retrieve(first.id)
     assert kept.id == first.id and kept.output_text == first.output_text
@@ -122,7 +125,7 @@ def test_responses_are_whole_streamed_kept_and_gone_on_with(client: openai.OpenA
     assert isinstance(parsed.output_parsed, Point) and parsed.status == "completed"
     tools: list[Any] = [{"type": "function", **ADD}]
     with client.responses.stream(
-        model="tiny", input="hello", tools=tools, tool_choice="required", parallel_tool_calls=False
+        model="tiny", input="hello", tools=tools, tool_choice="required", parallel_tool_calls=False, extra_body=warm
     ) as stream:
         kinds = [event.type for event in stream]
         made = stream.get_final_response().output[0]
@@ -132,7 +135,7 @@ def test_responses_are_whole_streamed_kept_and_gone_on_with(client: openai.OpenA
         {"type": "function_call_output", "call_id": made.call_id, "output": "3"},
     ]  # fmt: skip
     last = client.responses.create(
-        model="tiny", input=items, tools=tools, max_output_tokens=3, temperature=0, stream=True
+        model="tiny", input=items, tools=tools, max_output_tokens=3, stream=True, extra_body=endless
     )
     events = list(last)
     told = "".join(event.delta for event in events if event.type == "response.output_text.delta")
