@@ -183,7 +183,7 @@ def test_models_are_listed_shown_and_loaded(client: ollama.Client, http: httpx.C
     assert listed.model == "tiny:latest" and listed.size == sum(file.stat().st_size for file in folder.iterdir())
     assert listed.digest and len(listed.digest) == 64 and listed.modified_at and listed.details
     assert (listed.details.format, listed.details.family) == ("onnx", "llama")
-    assert listed.details.parameter_size == "107K"
+    assert (listed.details.parameter_size, listed.details.quantization_level) == ("107K", "F32")
     shown = client.show("tiny")
     assert shown.template == TEMPLATE and shown.capabilities == ["completion", "embedding"]
     assert shown.modelinfo and shown.modelinfo["llama.context_length"] == 512

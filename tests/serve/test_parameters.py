@@ -1,4 +1,4 @@
-"""How many parameters a model has, against what torch counts."""
+"""How many parameters a model has, against what torch counts, and in how many bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from slmops.errors import ModelError
 from slmops.serve import gguf_facts
 from slmops.serve.engines import kind_of
-from slmops.serve.parameters import count, known, words
+from slmops.serve.parameters import FILE_TYPES, Size, known, size, words
 from tests.serve.conftest import Converted
 
 
@@ -23,7 +23,8 @@ def test_every_form_has_the_parameters_that_torch_counts(converted: Converted, k
     model = AutoModelForCausalLM.from_pretrained(source)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     forms = [converted(kind, precision) for precision in ("source", "fp32", "int8", "int4", "gguf-fp16", "gguf-q4_0")]
-    assert [count(folder, kind_of(folder, None)) for folder in forms] == [numbers] * len(forms)
+    bits = ("F32", "F32", "INT8", "INT4", "F16", "Q4_0")
+    assert [size(folder, kind_of(folder, None)) for folder in forms] == [Size(numbers, one) for one in bits]
 
 
 @pytest.mark.slow
@@ -38,15 +39,15 @@ def test_what_is_not_known_is_not_told(converted: Converted, tmp_path: Path) -> 
         if node.op_type == "MatMulNBits":
             node.op_type = "MatMulOfTomorrow"
     onnx.save(graph, folder / "model.onnx")
-    assert count(folder, "onnx") is None
+    assert size(folder, "onnx") == Size()
     (folder / "model.onnx").write_bytes(b"no graph")
-    assert count(folder, "onnx") is None
+    assert size(folder, "onnx") == Size()
     source = tmp_path / "source"
     shutil.copytree(converted("qwen3", "source"), source)
     text = (source / "config.json").read_text()
     (source / "config.json").write_text(text.replace("{", '{"quantization_config": {"quant_method": "gptq"},', 1))
-    assert count(source, "torch") is None
-    assert known(tmp_path, "torch", "of nothing") is None
+    assert size(source, "torch") == Size()
+    assert known(tmp_path, "torch", "of nothing") == Size()
 
 
 @pytest.mark.slow
@@ -58,7 +59,14 @@ def test_a_gguf_file_that_ends_in_its_tensors_is_refused(converted: Converted, t
     assert gguf_facts.read(cut)
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         gguf_facts.numbers(cut)
-    assert count(cut, "llama_cpp") is None
+    assert size(cut, "llama_cpp") == Size()
+
+
+def test_types_of_files_have_the_names_of_llama_cpp() -> None:
+    from gguf import LlamaFileType
+
+    named = {one.value: one.name.removeprefix("MOSTLY_").removeprefix("ALL_") for one in LlamaFileType}
+    assert {**named, **FILE_TYPES} == named and len(FILE_TYPES) > 20
 
 
 @pytest.mark.parametrize(

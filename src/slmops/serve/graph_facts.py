@@ -19,11 +19,16 @@ SIZES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor. `shape`: 0 where a length is not fixed; `item`: bytes of one number."""
+    """A named tensor. `shape`: 0 where a length is not fixed; `kind`: TensorProto.DataType."""
 
     name: str
     shape: tuple[int, ...]
-    item: int
+    kind: int
+
+    @property
+    def item(self) -> int:
+        """Bytes of one number."""
+        return SIZES.get(self.kind, 1)
 
     @property
     def bytes(self) -> int:
@@ -94,7 +99,7 @@ def _tensor(data: memoryview) -> Tensor:
             kind = value
         elif number == 8 and isinstance(value, memoryview):
             name = bytes(value).decode()
-    return Tensor(name, tuple(shape), SIZES.get(kind, 1))
+    return Tensor(name, tuple(shape), kind)
 
 
 def _value(data: memoryview) -> Tensor:
@@ -114,4 +119,4 @@ def _value(data: memoryview) -> Tensor:
                         for _, length in fields(said):
                             known = [n for f, n in fields(length) if f == 1] if isinstance(length, memoryview) else []
                             shape.append(known[0] if known and isinstance(known[0], int) else 0)
-    return Tensor(name, tuple(shape), SIZES.get(kind, 1))
+    return Tensor(name, tuple(shape), kind)

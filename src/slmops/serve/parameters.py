@@ -1,15 +1,17 @@
-"""How many parameters a served model has, from the headers of its files, without loading it.
+"""How many parameters a served model has and how many bits they take, from the headers of its files, without loading it.
 
 Counted are the numbers that training would set: matrices, tables, biases and norms, each once, where it lies; a table that a file
-holds twice counts twice, as in Ollama. Scales and zeros of rounded weights, rotations and adapters are none. Where a graph or a folder
-rounds in a way that is not known here, nothing is told rather than something wrong.
+holds twice counts twice, as in Ollama. Scales and zeros of rounded weights, rotations and adapters are none. The bits are those of most of
+the numbers that are multiplied: a table that is only looked up in does not count for them. Where a graph or a folder rounds in a way
+that is not known here, nothing is told rather than something wrong.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,27 +38,51 @@ LARGE = 4096
 OTHER = ("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding", "DequantizeLinear", "Mul", "MatMulInteger",
          "DynamicQuantizeMatMul")  # fmt: skip
 """Operators whose further inputs are scales, zeros and rotations."""
+PRODUCTS = {("MatMul", 1), ("Gemm", 1), ("MatMulInteger", 1), ("DynamicQuantizeMatMul", 1), ("DequantizeLinear", 0)}
+"""Operator and place of a matrix that is multiplied."""
+TYPES = {1: "F32", 2: "INT8", 3: "INT8", 10: "F16", 16: "BF16"}
+"""Names of TensorProto.DataType; those of floating point as GGUF has them."""
+FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L",
+    14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS",
+    23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16",
+    36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4", 40: "Q1_0",
+}  # fmt: skip
+"""`general.file_type` of GGUF, as llama.cpp names it."""
 
 
-def count(folder: Path, engine: Kind) -> int | None:
-    """Parameters of a folder or a GGUF file; None where they are not known."""
+@dataclass(frozen=True)
+class Size:
+    """`count`: how many parameters; None where that is not known. `bits`: F32, F16, Q4_K_M, INT4, …; "" where they are not known."""
+
+    count: int | None = None
+    bits: str = ""
+
+
+def size(folder: Path, engine: Kind) -> Size:
+    """Of a folder or a GGUF file."""
     try:
         if engine == "onnx":
             decoder = read_json(folder / "genai_config.json")["model"]["decoder"]
             return _in_graph(folder / decoder["filename"])
         if engine == "llama_cpp":
             file = folder if folder.is_file() else find_gguf(folder)
-            return None if file is None else sum(map(gguf_facts.numbers, gguf_parts(file))) or None
-        config = read_json(folder / "config.json")
-        return None if "quantization_config" in config else shape.weights(folder) or None
+            if file is None:
+                return Size()
+            files = gguf_parts(file)
+            bits = FILE_TYPES.get(int(gguf_facts.read(files[0]).get("general.file_type", -1)), "")
+            return Size(sum(map(gguf_facts.numbers, files)) or None, bits)
+        if "quantization_config" in read_json(folder / "config.json"):
+            return Size()
+        return _of(Counter(shape.weights_by_type(folder)))
     except (SlmopsError, OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError):
-        return None
+        return Size()
 
 
 @lru_cache(maxsize=1024)
-def known(folder: Path, engine: Kind, digest: str) -> int | None:
+def known(folder: Path, engine: Kind, digest: str) -> Size:
     """The same, looked up once for files that have this digest."""
-    return count(folder, engine)
+    return size(folder, engine)
 
 
 def words(parameters: int | None) -> str:
@@ -69,7 +95,12 @@ def words(parameters: int | None) -> str:
     return f"{parameters / 1000:.0f}K" if parameters >= 1000 else str(parameters)
 
 
-def _in_graph(file: Path) -> int | None:
+def _of(numbers: Counter[str], others: int = 0) -> Size:
+    """Numbers that are multiplied, by their bits, and others."""
+    return Size(sum(numbers.values()) + others or None, max(numbers, key=numbers.__getitem__, default=""))
+
+
+def _in_graph(file: Path) -> Size:
     uses: dict[str, list[tuple[str, int, dict[str, int]]]] = defaultdict(list)
     stands_for: dict[str, str] = {}
     for kind, inputs, outputs, numbers in _nodes(file):
@@ -79,20 +110,24 @@ def _in_graph(file: Path) -> int | None:
             names = names[:1] if kind == "Transpose" else []
         for place, name in enumerate(names):
             uses[name].append((kind, place, numbers))
-    found = 0
+    multiplied: Counter[str] = Counter()
+    others = 0
     for tensor in graph_facts.read(file).weights:
-        size, used = math.prod(tensor.shape), uses[tensor.name]
+        length, used = math.prod(tensor.shape), uses[tensor.name]
         by_bits = next((n for kind, place, n in used if (kind, place) == ("MatMulNBits", 1)), None)
         table = next((n for kind, place, n in used if (kind, place) == ("GatherBlockQuantized", 0)), None)
+        multiplies = any((kind, place) in PRODUCTS for kind, place, _ in used)
         if by_bits is not None:
-            found += by_bits["K"] * by_bits["N"]
+            multiplied[f"INT{by_bits.get('bits', 4)}"] += by_bits["K"] * by_bits["N"]
         elif table is not None:
-            found += size * 8 // table.get("bits", 4) if tensor.item == 1 else size
+            others += length * 8 // table.get("bits", 4) if tensor.item == 1 else length
+        elif tensor.shape and multiplies:
+            multiplied[TYPES.get(tensor.kind, "")] += length
         elif tensor.shape and any((kind, place) in WEIGHTS for kind, place, _ in used):
-            found += size
-        elif size >= LARGE and not any(kind in OTHER for kind, _, _ in used):
-            return None
-    return found or None
+            others += length
+        elif length >= LARGE and not any(kind in OTHER for kind, _, _ in used):
+            return Size()
+    return _of(multiplied, others)
 
 
 def _nodes(file: Path) -> Iterator[tuple[str, list[str], list[str], dict[str, int]]]:

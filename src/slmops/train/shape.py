@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,15 @@ def lower_bytes(folder: Path) -> int:
 
 def weights(folder: Path) -> int:
     """Weights in the safetensors files of a folder, from their headers alone; 0 if there are none."""
-    return sum(math.prod(entry["shape"]) for entry in _entries(folder))
+    return sum(weights_by_type(folder).values())
+
+
+def weights_by_type(folder: Path) -> dict[str, int]:
+    """The same, apart by the type that they have in the files: F32, BF16, …"""
+    found: Counter[str] = Counter()
+    for entry in _entries(folder):
+        found[entry["dtype"]] += math.prod(entry["shape"])
+    return found
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from slmops.serve.dialects.ollama_shapes import (
     stamp,
 )
 from slmops.serve.model import Model
+from slmops.serve.parameters import Size
 from slmops.serve.pool import Found, Pool
 from slmops.serve.prompts import written
 from slmops.serve.scheduler import RequestError
@@ -57,7 +58,7 @@ class Facts:
         digest: of names, sizes and times of its files. Not of their content, which may be gigabytes.
         family: the architecture.
         settings: numbers of it.
-        parameters: how many it has; None where that is not known.
+        parameters: how many it has, in how many bits.
     """
 
     size: int
@@ -65,7 +66,7 @@ class Facts:
     digest: str
     family: str
     settings: dict[str, Any]
-    parameters: int | None = None
+    parameters: Size = field(default_factory=Size)
 
 
 def facts(folder: Path) -> Facts:
@@ -205,8 +206,8 @@ class Shelf:
             definition.messages,
         )  # fmt: skip
         numbers = {f"{known.family}.{name}": value for name, value in known.settings.items()}
-        if known.parameters is not None:
-            numbers["general.parameter_count"] = known.parameters
+        if known.parameters.count is not None:
+            numbers["general.parameter_count"] = known.parameters.count
         body: dict[str, Any] = {
             "modelfile": modelfile.write(file), "template": template, "details": details(known, found.definition, found.model),
             "model_info": {"general.architecture": known.family, **numbers}, "capabilities": capabilities(model),
@@ -370,7 +371,7 @@ def details(known: Facts, definition: Definition | None, model: Model) -> dict[s
     return {
         "parent_model": definition.parent if definition else "", "format": FORMATS[model.engine],
         "family": known.family, "families": families,
-        "parameter_size": parameters.words(known.parameters), "quantization_level": "",
+        "parameter_size": parameters.words(known.parameters.count), "quantization_level": known.parameters.bits,
     }  # fmt: skip
 
 
