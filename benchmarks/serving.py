@@ -40,6 +40,8 @@ CONTEXT = 256
 STREAMS = (1, 2, 4, 8, 16)
 PROMPT = 50
 """Tokens of a prompt, about."""
+WARM = 500_000
+"""Seed of the prompts that come before all loads: a server that keeps what it read would have a start with others."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "2M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -268,7 +270,7 @@ def one_model(
                 end=end[0] if isinstance(end, list) else end, tools=tools, log=files / f"{system.replace(' ', '-')}.log",
                 tell=options.tell,
             )  # fmt: skip
-            once(servers[system], prompts_of(2, 1, size), 2, tokens, True)
+            once(servers[system], prompts_of(2, WARM, size), 2, tokens, True)
         seed = options.seed
         for number in range(options.rounds):
             for streams in options.streams:
