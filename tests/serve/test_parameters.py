@@ -58,7 +58,7 @@ def test_a_gguf_file_that_ends_in_its_tensors_is_refused(converted: Converted, t
     cut.write_bytes(data[: data.index(b"blk.1.") + 3])
     assert gguf_facts.read(cut)
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
-        gguf_facts.numbers(cut)
+        gguf_facts.counted(cut)
     assert size(cut, "llama_cpp") == Size()
 
 

@@ -26,20 +26,21 @@ def read(file: Path) -> dict[str, float | str]:
         return _metadata(stream)[1]
 
 
-def numbers(file: Path) -> int:
-    """How many numbers its tensors have together.
+def counted(file: Path) -> tuple[int, dict[str, float | str]]:
+    """How many numbers its tensors have together, and what `read` gives.
 
     Raises:
         ModelError: the file is not GGUF.
     """
     with _opened(file) as stream:
+        tensors, about = _metadata(stream)
         found = 0
-        for _ in range(_bounded(_metadata(stream)[0])):
+        for _ in range(_bounded(tensors)):
             _text(stream)
             shape = [int(_number(stream, "Q")) for _ in range(_bounded(_number(stream, "I")))]
             found += math.prod(shape)
             stream.seek(struct.calcsize("<IQ"), 1)  # its type and place
-        return found
+        return found, about
 
 
 @contextlib.contextmanager

@@ -26,20 +26,23 @@ SAME = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operators whose first input is the same weight, arranged otherwise."""
 NORMS = ("LayerNormalization", "SimplifiedLayerNormalization")
 SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+PRODUCTS = frozenset(
+    [(name, 0) for name in ("MatMul", "Gemm", "DequantizeLinear")]
+    + [(name, 1) for name in ("MatMul", "Gemm", "MatMulInteger", "DynamicQuantizeMatMul")]
+)
+"""Operator and place of inputs that are matrices to multiply by, number for number."""
 WEIGHTS = frozenset(
-    [(name, 0) for name in ("Gather", "MatMul", "Gemm", "DequantizeLinear", "Conv")]
-    + [(name, 1) for name in ("MatMul", "Gemm", "MatMulInteger", "DynamicQuantizeMatMul", "Conv", "Add", *NORMS)]
-    + [("Gemm", 2), ("Conv", 2), ("Add", 0), ("LayerNormalization", 2), ("MatMulNBits", 5), *[(name, 2) for name in SKIP_NORMS]]
-    + [(name, 3) for name in ("SkipLayerNormalization",)]
-)  # fmt: skip
-"""Operator and place of inputs that are parameters, number for number."""
+    [(name, 0) for name in ("Gather", "Conv", "Add")]
+    + [(name, 1) for name in ("Conv", "Add", *NORMS)]
+    + [(name, 2) for name in ("Gemm", "Conv", "LayerNormalization", *SKIP_NORMS)]
+    + [("SkipLayerNormalization", 3), ("MatMulNBits", 5)]
+)
+"""Operator and place of other inputs that are parameters, number for number."""
 LARGE = 4096
 """Numbers in a tensor that is too large to be passed over where its use is not known."""
 OTHER = ("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding", "DequantizeLinear", "Mul", "MatMulInteger",
          "DynamicQuantizeMatMul")  # fmt: skip
 """Operators whose further inputs are scales, zeros and rotations."""
-PRODUCTS = {("MatMul", 1), ("Gemm", 1), ("MatMulInteger", 1), ("DynamicQuantizeMatMul", 1), ("DequantizeLinear", 0)}
-"""Operator and place of a matrix that is multiplied."""
 TYPES = {1: "F32", 2: "INT8", 3: "INT8", 10: "F16", 16: "BF16"}
 """Names of TensorProto.DataType; those of floating point as GGUF has them."""
 FILE_TYPES = {
@@ -69,12 +72,12 @@ def size(folder: Path, engine: Kind) -> Size:
             file = folder if folder.is_file() else find_gguf(folder)
             if file is None:
                 return Size()
-            files = gguf_parts(file)
-            bits = FILE_TYPES.get(int(gguf_facts.read(files[0]).get("general.file_type", -1)), "")
-            return Size(sum(map(gguf_facts.numbers, files)) or None, bits)
+            parts = [gguf_facts.counted(part) for part in gguf_parts(file)]
+            bits = FILE_TYPES.get(int(parts[0][1].get("general.file_type", -1)), "")
+            return Size(sum(numbers for numbers, _ in parts) or None, bits)
         if "quantization_config" in read_json(folder / "config.json"):
             return Size()
-        return _of(Counter(shape.weights_by_type(folder)))
+        return _of(shape.weights_by_type(folder))
     except (SlmopsError, OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError):
         return Size()
 
@@ -116,14 +119,14 @@ def _in_graph(file: Path) -> Size:
         length, used = math.prod(tensor.shape), uses[tensor.name]
         by_bits = next((n for kind, place, n in used if (kind, place) == ("MatMulNBits", 1)), None)
         table = next((n for kind, place, n in used if (kind, place) == ("GatherBlockQuantized", 0)), None)
-        multiplies = any((kind, place) in PRODUCTS for kind, place, _ in used)
+        places = {(kind, place) for kind, place, _ in used}
         if by_bits is not None:
             multiplied[f"INT{by_bits.get('bits', 4)}"] += by_bits["K"] * by_bits["N"]
         elif table is not None:
             others += length * 8 // table.get("bits", 4) if tensor.item == 1 else length
-        elif tensor.shape and multiplies:
+        elif tensor.shape and places & PRODUCTS:
             multiplied[TYPES.get(tensor.kind, "")] += length
-        elif tensor.shape and any((kind, place) in WEIGHTS for kind, place, _ in used):
+        elif tensor.shape and places & WEIGHTS:
             others += length
         elif length >= LARGE and not any(kind in OTHER for kind, _, _ in used):
             return Size()

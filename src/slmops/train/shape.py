@@ -220,7 +220,7 @@ def weights(folder: Path) -> int:
     return sum(weights_by_type(folder).values())
 
 
-def weights_by_type(folder: Path) -> dict[str, int]:
+def weights_by_type(folder: Path) -> Counter[str]:
     """The same, apart by the type that they have in the files: F32, BF16, …"""
     found: Counter[str] = Counter()
     for entry in _entries(folder):
